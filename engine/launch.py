@@ -1,0 +1,211 @@
+"""Starts a script on several processes, and turns a user's mistake into one line.
+
+As a program (the run_*.sh launchers call it):
+    python engine/launch.py SCRIPT DEVICES COUNT PORT [key=value ...]
+    SCRIPT   the Python file torchrun starts on every process; it gets the key=value arguments
+    DEVICES  cpu, or the GPU ids as in 0,1
+    COUNT    number of processes; with GPUs the number of ids
+    PORT     a free port on this machine, or auto
+
+As a module: scripts end with `if __name__ == "__main__": run_script(main)`.
+
+Exit code: 2 for a user's mistake, 130 or 143 after Ctrl-C or a termination, otherwise that of the first process
+that failed.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of engine/, so that the packages of the house are found from any folder
+
+from utils.errors import UserError  # noqa: E402
+
+ERROR_FILE = "WSSS_ERROR_FILE"  # names the file that takes the first mistake of all processes
+DEVICE = "WSSS_DEVICE"  # cpu or cuda
+USER_ERROR_CODE = 2
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Calls main(sys.argv[1:]) as the body of a script.
+
+    A UserError, also one that a DataLoader worker passed on, ends the process with code 2 and no traceback: its line
+    goes to the launcher, or to stderr where there is none. Every other exception stays as it is, unless another
+    process has made a mistake already: then this one fell over its absence, and says nothing.
+    """
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        _report(error_line(error))
+        _leave(USER_ERROR_CODE)
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)
+    except Exception:
+        path = os.environ.get(ERROR_FILE)
+        if path is None or not os.path.exists(path):
+            raise
+        _leave(USER_ERROR_CODE)
+
+
+def error_line(error: UserError) -> str:
+    """The line of a UserError; a DataLoader worker's comes wrapped into a traceback and is taken out of it."""
+    text = str(error)
+    wrapped = re.findall(r"^(?:\w+\.)*UserError: (.*)$", text, flags=re.MULTILINE)
+    return wrapped[-1] if wrapped else " ".join(text.split())
+
+
+def _report(line: str) -> None:
+    path = os.environ.get(ERROR_FILE)
+    if path is None:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        return
+    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _leave(code: int) -> None:
+    """Ends this process. A process group of torch would complain at exit or wait for the others, so it is skipped."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        sys.exit(code)
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def find_script(text: str) -> Path:
+    """The script as given, from this folder or else from the folder of the project."""
+    for path in (Path(text), ROOT / text):
+        if path.is_file():
+            return path.resolve()
+    raise UserError(f"script {text} does not exist")
+
+
+def check_count(text: str) -> int:
+    """COUNT as a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"COUNT is '{text}': expected the number of processes, 1 or more")
+    return int(text)
+
+
+def check_devices(text: str, count: int) -> list[int] | None:
+    """GPU ids of DEVICES, or None for 'cpu'. Raises UserError naming the ids that do not exist."""
+    if text == "cpu":
+        return None
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"DEVICES is '{text}': expected cpu or GPU ids such as 0,1")
+    ids = [int(part) for part in parts]
+    if len(set(ids)) != len(ids):
+        raise UserError(f"DEVICES is '{text}': a GPU is named twice")
+    available = _gpu_count()
+    missing = [str(i) for i in ids if i >= available]
+    if missing:
+        have = "no GPU is visible: use cpu" if available == 0 else f"visible are 0 to {available - 1}"
+        raise UserError(f"DEVICES is '{text}': GPU {', '.join(missing)} does not exist, {have}")
+    if len(ids) != count:
+        raise UserError(f"COUNT is {count} but DEVICES '{text}' names {len(ids)}: one process runs on one GPU")
+    return ids
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def check_port(text: str) -> int:
+    """PORT as a number, free on this machine; 'auto' picks one."""
+    if text == "auto":
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return probe.getsockname()[1]
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise UserError(f"PORT is '{text}': expected 1 to 65535, or auto")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one just left by a former run is free
+        try:
+            probe.bind(("", int(text)))
+        except PermissionError as error:
+            raise UserError(f"port {text} needs the rights of root: give one above 1023") from error
+        except OSError as error:
+            raise UserError(f"port {text} is in use: give another") from error
+    return int(text)
+
+
+def environment(ids: list[int] | None, count: int) -> dict[str, str]:
+    """Variables for the processes: the device, the visible GPUs, threads shared out among the processes, the path."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    path = os.environ.get("PYTHONPATH")
+    return {
+        DEVICE: "cpu" if ids is None else "cuda",
+        "CUDA_VISIBLE_DEVICES": ",".join(visible[i] if visible else str(i) for i in ids or ()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT),
+    }
+
+
+def launch(script: Path, count: int, port: int, arguments: Sequence[str]) -> int:
+    """Runs the script on `count` processes and waits; the exit code. Ctrl-C and SIGTERM end the processes too."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options = ["--nnodes", "1", "--nproc-per-node", str(count), "--master-addr", "127.0.0.1"]
+    options += ["--master-port", str(port), str(script), *arguments]
+    logging.disable(logging.CRITICAL)  # of the launcher alone: the processes say themselves what is wrong
+    with tempfile.TemporaryDirectory(prefix="wsss-") as folder:
+        mistake = Path(folder) / "error"
+        os.environ[ERROR_FILE] = str(mistake)
+        try:
+            torchrun.run(torchrun.parse_args(options))
+        except ChildFailedError as error:
+            if mistake.exists():
+                raise UserError(mistake.read_text(encoding="utf-8")) from None
+            _, failure = error.get_first_failure()
+            return _exit_code(failure.exitcode, failure.local_rank)
+        except SignalException as error:
+            return 128 + error.sigval
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+    return 0
+
+
+def _exit_code(code: int, rank: int) -> int:
+    """The exit code for the shell; a signal leaves no traceback, so it is named."""
+    if code >= 0:
+        return code
+    print(f"process {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+    return 128 - code
+
+
+def main(argv: Sequence[str]) -> int:
+    """Checks the arguments and launches; the exit code."""
+    if len(argv) < 4:
+        print(__doc__, file=sys.stderr)
+        return USER_ERROR_CODE
+    try:
+        script, count = find_script(argv[0]), check_count(argv[2])
+        ids, port = check_devices(argv[1], count), check_port(argv[3])
+        os.environ.update(environment(ids, count))
+        return launch(script, count, port, argv[4:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
