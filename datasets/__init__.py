@@ -1,0 +1,60 @@
+"""Where images and image-level labels come from: VOC layout, COCO layout, generated shapes.
+
+    build_train_set(config)[(index, seed)] -> TrainItem, collate_train(items) -> Batch
+    build_val_set(config, split)[index]    -> EvalItem
+"""
+
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from datasets import voc
+from datasets.labels import MASKS, load_labels
+from datasets.samples import find_list
+from datasets.sets import EvalItem, EvalSet, TrainItem, TrainSet, collate_train
+from datasets.transforms import build_augmentation
+from utils.errors import UserError
+
+__all__ = ["EvalItem", "EvalSet", "TrainItem", "TrainSet", "build_train_set", "build_val_set", "collate_train"]
+
+LAYOUTS = {"voc": voc}
+ROOT_VARIABLES = {"voc": "VOC_ROOT", "coco": "COCO_ROOT"}
+
+
+def build_train_set(config: DictConfig) -> TrainSet:
+    """The split config.data.train_split with the augmentation of config.data; masks are needed only as labels' source.
+
+    Raises UserError for a missing folder, list, image or label before any training starts.
+    """
+    need_masks = config.data.image_labels == MASKS
+    return TrainSet(*_load(config.data, config.data.train_split, need_masks), build_augmentation(config.data))
+
+
+def build_val_set(config: DictConfig, split: str | None = None) -> EvalSet:
+    """The split `split` (None: config.data.val_split) at native size with its masks. Raises UserError."""
+    return EvalSet(*_load(config.data, split or config.data.val_split, need_masks=True))
+
+
+def _load(data: DictConfig, split: str, need_masks: bool):
+    """Samples, labels and classes of a split."""
+    if data.name not in LAYOUTS:
+        raise UserError(f"data.name={data.name}: known data sets are {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[data.name]
+    root = find_root(data)
+    classes = tuple(data.classes) if data.classes else layout.CLASSES
+    samples = layout.read_split(root, split, need_masks)
+    list_folder = find_list(root, split, layout.list_folders(root)).parent
+    return samples, load_labels(data.image_labels, root, list_folder, samples, classes), classes
+
+
+def find_root(data: DictConfig) -> Path:
+    """The data's folder: data.root, else the environment variable of the data set. Raises UserError."""
+    variable = ROOT_VARIABLES[data.name]
+    root = data.root or os.environ.get(variable)
+    if not root:
+        raise UserError(f"where does the {data.name} data lie? Give data.root=FOLDER or set {variable}=FOLDER")
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder (data.root or {variable})")
+    return root

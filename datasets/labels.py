@@ -1,0 +1,155 @@
+"""Image-level labels: multi-hot vectors (K,) from JSON, XML, masks or the released one-hot dictionaries.
+
+    cls_labels_onehot.npy   dictionary name -> (K,), the form AFA, ToCo and MoRe release
+    labels.json             {"name": ["class name", ...], ...}
+    Annotations/NAME.xml    VOC annotations; every <object> counts, those marked difficult too: the object is in the
+                            image all the same (classification benchmarks drop difficult ones, WSSS papers do not)
+    masks                   ids in the mask except 0 and 255
+"""
+
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+
+from datasets.onehot import read_onehot
+from datasets.samples import Sample, require_folder
+from utils.errors import UserError
+from utils.images import IGNORE, read_label_map
+
+MASKS = "masks"  # the value of data.image_labels that asks for labels from masks
+
+
+class TableLabels:
+    """Labels known beforehand: called with a Sample, returns float32 (K,)."""
+
+    def __init__(self, table: dict[str, np.ndarray]):
+        self.table = table
+
+    def __call__(self, sample: Sample) -> torch.Tensor:
+        return torch.from_numpy(self.table[sample.name].copy())
+
+
+class MaskLabels:
+    """Labels read from each sample's mask when asked for: called with a Sample, returns float32 (K,)."""
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+
+    def __call__(self, sample: Sample) -> torch.Tensor:
+        return labels_of_mask(read_label_map(sample.mask, self.num_classes + 1), self.num_classes)
+
+
+def load_labels(
+    source: str | None, root: Path, list_folder: Path, samples: list[Sample], classes: tuple[str, ...]
+) -> Callable[[Sample], torch.Tensor]:
+    """The labels of `samples` as a function of a Sample.
+
+    source: a .json or .npy file, a folder of XML files, 'masks', or None: the first there is of
+        cls_labels_onehot.npy (in root, next to the list), labels.json (likewise), Annotations/, masks.
+    Raises UserError for a missing or broken source, a vector of another length than K, an unknown class name
+    and a sample without labels.
+    """
+    place = _default_source(root, list_folder) if source is None else _given_source(source, root)
+    if place is None:
+        bare = next((sample for sample in samples if sample.mask is None), None)
+        if bare is not None:
+            looked_for = "" if source else " (no cls_labels_onehot.npy, labels.json or Annotations either)"
+            raise UserError(f"{root}: image {bare.name} has no mask to take labels from{looked_for}")
+        return MaskLabels(len(classes))
+    names = [sample.name for sample in samples]
+    if place.is_dir():
+        table = _read_xml(place, names, classes)
+    elif place.suffix == ".json":
+        table = _read_json(place, classes)
+    else:
+        table = read_onehot(place)
+        _check_lengths(table, classes, place)
+    missing = next((name for name in names if name not in table), None)
+    if missing is not None:
+        raise UserError(f"{place}: no labels for image {missing}")
+    return TableLabels({name: table[name] for name in names})
+
+
+def labels_of_mask(label_map: np.ndarray, num_classes: int) -> torch.Tensor:
+    """Ids present in label_map (H, W), without background and ignore, as multi-hot float32 (K,)."""
+    ids = np.unique(label_map)
+    labels = torch.zeros(num_classes)
+    labels[torch.from_numpy(ids[(ids != 0) & (ids != IGNORE)].astype(np.int64)) - 1] = 1
+    return labels
+
+
+def _given_source(source: str, root: Path) -> Path | None:
+    """Where the labels lie, relative to the working folder or to the data's root; None means masks."""
+    if source == MASKS:
+        return None
+    place = next((path for path in (Path(source), root / source) if path.exists()), None)
+    if place is None:
+        raise UserError(f"{source}: no such file or folder of image labels (data.image_labels)")
+    if place.is_file() and place.suffix not in (".json", ".npy"):
+        raise UserError(f"{place}: image labels are a .json or .npy file, a folder of XML files, or 'masks'")
+    return place
+
+
+def _default_source(root: Path, list_folder: Path) -> Path | None:
+    onehot = "cls_labels_onehot.npy"
+    places = (root / onehot, list_folder / onehot, root / "labels.json", list_folder / "labels.json")
+    found = next((path for path in places if path.is_file()), None)
+    if found is None and (root / "Annotations").is_dir():
+        return root / "Annotations"
+    return found
+
+
+def _read_json(path: Path, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: image labels cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: image labels must be an object of name -> list of class names")
+    for name, present in content.items():
+        if not isinstance(present, list) or not all(isinstance(label, str) for label in present):
+            raise UserError(f"{path}: labels of image {name} must be a list of class names, not {present!r}")
+    return {name: _multi_hot(present, classes, path, name) for name, present in content.items()}
+
+
+def _read_xml(folder: Path, names: list[str], classes: tuple[str, ...]) -> dict[str, np.ndarray]:
+    require_folder(folder)
+    table = {}
+    for name in names:
+        path = folder / f"{name}.xml"
+        try:
+            tree = ElementTree.parse(path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no labels for image {name}, the annotation is missing") from None
+        except (OSError, ElementTree.ParseError) as error:
+            raise UserError(f"{path}: annotation cannot be read ({error})") from None
+        present = [(found.findtext("name") or "").strip() for found in tree.getroot().findall("object")]
+        table[name] = _multi_hot(present, classes, path, name)
+    return table
+
+
+def _multi_hot(present: list[str], classes: tuple[str, ...], path: Path, name: str) -> np.ndarray:
+    labels = np.zeros(len(classes), np.float32)
+    for label in present:
+        if label not in classes:
+            near = difflib.get_close_matches(label, classes, n=1, cutoff=0)
+            raise UserError(f"{path}: image {name} has the unknown class {label!r}; the nearest known is {near[0]!r}")
+        labels[classes.index(label)] = 1
+    return labels
+
+
+def _check_lengths(table: dict[str, np.ndarray], classes: tuple[str, ...], path: Path) -> None:
+    for name, labels in table.items():
+        if labels.shape != (len(classes),):
+            size = labels.shape[0] if labels.ndim == 1 else labels.shape
+            raise UserError(
+                f"{path}: the label vector of {name} has length {size}, but there are {len(classes)} classes"
+                " (see data.classes)"
+            )
+        if not np.isin(labels, (0, 1)).all():
+            raise UserError(f"{path}: the label vector of {name} holds other values than 0 and 1")

@@ -1,0 +1,120 @@
+"""Reader of the released cls_labels_onehot.npy: a pickled dictionary, read without executing anything it asks for.
+
+A pickle names functions and their arguments. Here every name it may use stands for a small recorder of our own, and
+any other name is refused, so the file can choose values but never code. The arrays are built afterwards.
+"""
+
+import io
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+
+_KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+
+
+class _Dtype:
+    """Stands for numpy.dtype(kind, align, copy): keeps the kind and the byte order."""
+
+    __slots__ = ("kind", "order")
+
+    def __init__(self, kind: str, *_: object):
+        self.kind, self.order = kind, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+    def numpy(self) -> np.dtype:
+        if self.kind not in _KINDS or self.order not in ("<", ">", "|", "="):
+            raise ValueError(f"arrays of type {self.kind!r} are not read")
+        return np.dtype(self.order + self.kind)
+
+
+class _Array:
+    """Stands for an array: its state is (version, shape, dtype, Fortran order, bytes)."""
+
+    __slots__ = ("shape", "dtype", "data")
+
+    def __setstate__(self, state: tuple) -> None:
+        _, self.shape, self.dtype, _, self.data = state
+
+    def numpy(self) -> np.ndarray:
+        """The array, at most one-dimensional (where the memory order makes no difference)."""
+        if not isinstance(self.dtype, _Dtype) or not isinstance(self.data, bytes) or len(self.shape) > 1:
+            raise ValueError("a label is not a plain vector of numbers")
+        dtype = self.dtype.numpy()
+        if len(self.data) != math.prod(self.shape) * dtype.itemsize:
+            raise ValueError("a label vector is cut short")
+        return np.frombuffer(self.data, dtype).astype(np.float32).reshape(self.shape)
+
+
+class _ArrayType:
+    """Stands for the name numpy.ndarray, which only ever is an argument."""
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"text encoded as {encoding!r} is not read")
+    return text.encode("latin1")
+
+
+_NAMES = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): _ArrayType,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        try:
+            return _NAMES[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which label files do not need") from None
+
+
+def read_onehot(path: Path) -> dict[str, np.ndarray]:
+    """The dictionary name -> float32 (K,) of a cls_labels_onehot.npy, without executing any of the pickle's code.
+
+    Raises UserError when the file is missing, broken, holds something else or asks for any other function.
+    """
+    try:
+        content = _read_pickle(path.read_bytes())
+        if isinstance(content, _Array):  # np.save wraps the dictionary in an array without dimensions
+            if content.shape != () or not isinstance(content.data, list) or len(content.data) != 1:
+                raise ValueError("not a dictionary")
+            content = content.data[0]
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+            raise ValueError("not a dictionary of image names")
+        return {name: _vector(value) for name, value in content.items()}
+    except FileNotFoundError:
+        raise UserError(f"{path}: file of image labels is missing") from None
+    except UserError:
+        raise
+    except Exception as error:  # a hostile pickle can raise anything; whatever it is, the file is not a label file
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: not a dictionary of image labels ({' '.join(reason.split())})") from None
+
+
+def _vector(value: object) -> np.ndarray:
+    return value.numpy() if isinstance(value, _Array) else np.asarray([float(v) for v in value], np.float32)
+
+
+def _read_pickle(data: bytes) -> object:
+    """The content of a .npy file that holds a pickled object, or of a bare pickle."""
+    stream = io.BytesIO(data)
+    if data.startswith(np.lib.format.MAGIC_PREFIX):
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        if read(stream)[2] != np.dtype(object):
+            raise ValueError("a plain array, without image names")
+    return _Reader(stream).load()

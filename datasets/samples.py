@@ -1,0 +1,63 @@
+"""What every layout on disk shares: the sample, the split list, the check that files are there."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.errors import UserError
+
+
+class Sample(NamedTuple):
+    """One image of a split. mask is None where the data set has none (training needs none)."""
+
+    name: str
+    image: Path
+    mask: Path | None
+
+
+def find_list(root: Path, split: str, folders: tuple[Path, ...]) -> Path:
+    """The list file of a split: `split` itself where it is a .txt path, else SPLIT.txt in the first folder with it.
+
+    Raises UserError naming the places looked at.
+    """
+    if split.endswith(".txt"):
+        candidates = [Path(split), root / split]
+    else:
+        candidates = [folder / f"{split}.txt" for folder in folders]
+    for path in candidates:
+        if path.is_file():
+            return path
+    require_folder(root)
+    raise UserError(f"split {split!r} not found: looked for {', '.join(map(str, candidates))}")
+
+
+def read_list(path: Path) -> list[list[str]]:
+    """The non-empty lines of a list file, each split at white space. Raises UserError when there are none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: split list cannot be read ({error})") from None
+    entries = [line.split() for line in text.splitlines() if line.strip()]
+    if not entries:
+        raise UserError(f"{path}: the split is empty; it must name at least one image")
+    return entries
+
+
+def require_folder(path: Path) -> None:
+    """Raises UserError unless `path` is a folder."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; check data.root")
+
+
+@lru_cache(maxsize=16)
+def _list_folder(path: str, _mtime: int) -> frozenset[str]:
+    return frozenset(os.listdir(path))
+
+
+def list_folder(path: Path) -> frozenset[str]:
+    """File names in a folder, empty where it is missing; listed once, not one stat a file."""
+    try:
+        return _list_folder(str(path), os.stat(path).st_mtime_ns)
+    except OSError:
+        return frozenset()

@@ -1,0 +1,76 @@
+"""The two torch data sets: random crops to train on, whole images with their masks to evaluate on."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from datasets.samples import Sample
+from datasets.transforms import seeded
+from utils.batch import Batch
+from utils.images import check_same_size, normalize, read_label_map, read_rgb
+
+
+class TrainItem(NamedTuple):
+    """name; image float32 (3, S, S) normalised; labels float32 (K,); valid bool (S, S); seed."""
+
+    name: str
+    image: torch.Tensor
+    labels: torch.Tensor
+    valid: torch.Tensor
+    seed: int
+
+
+class EvalItem(NamedTuple):
+    """name; image float32 (3, H, W) normalised, native size; labels float32 (K,); label_map uint8 (H, W)."""
+
+    name: str
+    image: torch.Tensor
+    labels: torch.Tensor
+    label_map: np.ndarray
+
+
+class _ImageSet(Dataset):
+    """Samples with their labels. classes: names without background; names: of the images, in order."""
+
+    def __init__(self, samples: list[Sample], labels_of: Callable[[Sample], torch.Tensor], classes: tuple[str, ...]):
+        self.samples, self.labels_of, self.classes = samples, labels_of, classes
+        self.names = [sample.name for sample in samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class TrainSet(_ImageSet):
+    """Indexed by (index, seed): the augmentation's every draw comes from the seed, whatever process or worker asks."""
+
+    def __init__(self, samples, labels_of, classes, augmentation: Callable):
+        super().__init__(samples, labels_of, classes)
+        self.augmentation = augmentation
+
+    def __getitem__(self, key: tuple[int, int]) -> TrainItem:
+        index, seed = int(key[0]), int(key[1])
+        sample = self.samples[index]
+        image = read_rgb(sample.image)
+        with seeded(seed):
+            crop, valid = self.augmentation(image)
+        return TrainItem(sample.name, crop, self.labels_of(sample), valid, seed)
+
+
+class EvalSet(_ImageSet):
+    """Indexed by the image's number. Raises UserError where image and mask differ in size."""
+
+    def __getitem__(self, index: int) -> EvalItem:
+        sample = self.samples[index]
+        image = read_rgb(sample.image)
+        label_map = read_label_map(sample.mask, len(self.classes) + 1)
+        check_same_size(image, sample.image, label_map, sample.mask)
+        return EvalItem(sample.name, normalize(image), self.labels_of(sample), label_map)
+
+
+def collate_train(items: list[TrainItem]) -> Batch:
+    """TrainItems -> Batch."""
+    names, images, labels, valid, seeds = zip(*items, strict=True)
+    return Batch(list(names), torch.stack(images), torch.stack(labels), torch.stack(valid), torch.tensor(seeds))

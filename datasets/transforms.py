@@ -1,0 +1,99 @@
+"""Training augmentations (MoRe, released code): image -> normalised crop and the mask of its real pixels.
+
+Every random number comes from torch's default generator, which `seeded` sets for one sample and restores after.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from utils.errors import UserError
+from utils.images import normalize
+
+JITTER = dict(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws of torch's CPU generator inside depend on `seed` alone; the generator's state is put back after."""
+    state = torch.get_rng_state()
+    # not torch.manual_seed: that would also reseed the GPU
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class VocAugmentation:
+    """RandomResizedCrop (bicubic), flip, ColorJitter with probability 0.5."""
+
+    def __init__(self, crop_size: int, resize_range: tuple[float, float]):
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(crop_size, resize_range, interpolation=InterpolationMode.BICUBIC),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomApply([transforms.ColorJitter(**JITTER)], p=0.5),
+            ]
+        )
+
+    def __call__(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """RGB uint8 (H, W, 3) -> normalised float32 (3, S, S), valid bool (S, S), all True."""
+        crop = normalize(np.asarray(self.transform(Image.fromarray(image))))
+        return crop, torch.ones(crop.shape[1:], dtype=torch.bool)
+
+
+class CocoAugmentation:
+    """ColorJitter with probability 0.8, resize by a uniform factor (bilinear), flip, pad and crop at random places."""
+
+    def __init__(self, crop_size: int, resize_range: tuple[float, float]):
+        self.crop_size, self.resize_range = crop_size, resize_range
+        self.jitter = transforms.RandomApply([transforms.ColorJitter(**JITTER)], p=0.8)
+        self.flip = transforms.RandomHorizontalFlip()
+
+    def __call__(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """RGB uint8 (H, W, 3) -> normalised float32 (3, S, S), valid bool (S, S).
+
+        Padding is the ImageNet mean, 0 after normalisation, and False in valid.
+        """
+        picture = self.jitter(Image.fromarray(image))
+        factor = torch.empty(()).uniform_(*self.resize_range).item()
+        size = [max(1, round(side * factor)) for side in image.shape[:2]]
+        picture = self.flip(F.resize(picture, size, InterpolationMode.BILINEAR))
+        return self._pad_or_crop(normalize(np.asarray(picture)))
+
+    def _pad_or_crop(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(3, h, w) -> (3, S, S) and valid (S, S); per axis a random window of a long side, a random place of a short one."""
+        crop = torch.zeros(3, self.crop_size, self.crop_size)
+        valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
+        source, target = zip(*(self._window(side) for side in image.shape[1:]), strict=True)
+        crop[:, target[0], target[1]] = image[:, source[0], source[1]]
+        valid[target[0], target[1]] = True
+        return crop, valid
+
+    def _window(self, side: int) -> tuple[slice, slice]:
+        """Where along one axis the pixels come from, and where in the crop they go."""
+        length = min(side, self.crop_size)
+        start = int(torch.randint(abs(side - self.crop_size) + 1, ()))
+        here, there = slice(start, start + length), slice(0, length)
+        return (here, there) if side > self.crop_size else (there, here)
+
+
+AUGMENTATIONS = {"voc": VocAugmentation, "coco": CocoAugmentation}
+
+
+def build_augmentation(data: DictConfig) -> Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]:
+    """The augmentation that config.data names. Raises UserError for an unknown name, size or range."""
+    if data.augmentation not in AUGMENTATIONS:
+        raise UserError(f"data.augmentation={data.augmentation}: known are {', '.join(AUGMENTATIONS)}")
+    low, high = data.resize_range
+    if data.crop_size < 1 or not 0 < low <= high:
+        raise UserError(f"data.crop_size={data.crop_size}, data.resize_range=[{low}, {high}]: positive, low <= high")
+    return AUGMENTATIONS[data.augmentation](data.crop_size, (low, high))
