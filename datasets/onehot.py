@@ -36,7 +36,7 @@ class _Dtype:
 class _Array:
     """Stands for an array: its state is (version, shape, dtype, Fortran order, bytes)."""
 
-    __slots__ = ("shape", "dtype", "data")
+    __slots__ = ("data", "dtype", "shape")
 
     def __setstate__(self, state: tuple) -> None:
         _, self.shape, self.dtype, _, self.data = state

@@ -17,7 +17,7 @@ from torchvision.transforms import functional as F
 from utils.errors import UserError
 from utils.images import normalize
 
-JITTER = dict(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 
 
 @contextmanager
@@ -70,7 +70,7 @@ class CocoAugmentation:
         return self._pad_or_crop(normalize(np.asarray(picture)))
 
     def _pad_or_crop(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(3, h, w) -> (3, S, S) and valid (S, S); per axis a random window of a long side, a random place of a short one."""
+        """(3, h, w) -> (3, S, S) and valid (S, S): a random window of a long side, a random place of a short one."""
         crop = torch.zeros(3, self.crop_size, self.crop_size)
         valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
         source, target = zip(*(self._window(side) for side in image.shape[1:]), strict=True)
