@@ -1,0 +1,54 @@
+"""Fixtures of all tests."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_CLASSES = {1: "aeroplane", 3: "bird", 8: "cat", 12: "dog"}  # VOC id -> name
+
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images, $SHARED_DATA, by default ../shared/data next to the project."""
+    folder = Path(os.environ.get("SHARED_DATA") or ROOT.parent / "shared" / "data").resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no shared data: {folder} does not exist (set SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture
+def tiny_voc(tmp_path: Path) -> Path:
+    """Root of 12 generated images of about 64 px in VOC layout: train_aug and train 8, val 4, labels.json.
+
+    One or two rectangles an image, each class of TINY_CLASSES with its own colour, on noise.
+    """
+    root = tmp_path / "tiny_voc"
+    for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    labels, names = {}, [f"tiny_{i:03d}" for i in range(12)]
+    for i, name in enumerate(names):
+        height, width = 60 + i % 3 * 4, 64
+        image = rng.integers(90, 166, (height, width, 3), dtype=np.uint8)
+        mask = np.zeros((height, width), np.uint8)
+        present = [list(TINY_CLASSES)[(i + j) % len(TINY_CLASSES)] for j in range(1 + i % 2)]
+        for j, label in enumerate(present):
+            top, left = rng.integers(4, 20, 2)
+            box = (slice(top, top + 30), slice(left + 24 * j, left + 24 * j + 20))
+            image[box] = image[box] // 4 + np.array([label * 15, 255 - label * 20, 60 * (label % 4)], np.uint8) // 2
+            mask[box] = label
+        Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=95)
+        Image.fromarray(mask).save(root / "SegmentationClassAug" / f"{name}.png")
+        labels[name] = [TINY_CLASSES[label] for label in sorted(set(np.unique(mask)) - {0})]
+    for split, members in {"train_aug": names[:8], "train": names[:8], "val": names[8:]}.items():
+        (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(members) + "\n")
+    (root / "labels.json").write_text(json.dumps(labels))
+    return root

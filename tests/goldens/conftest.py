@@ -1,0 +1,82 @@
+"""Access to the goldens, and the guard that none of them stays uncompared.
+
+The folder is $GOLDENS_DIR, by default ../shared/goldens next to the project. A file counts as compared once a test
+took it from the fixture `golden`. When this whole folder of tests was run, a file that no test took fails the run.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ("more",)  # the folders of goldens whose method the project has
+ENDINGS = (".npz", ".safetensors", ".txt")
+
+
+class Goldens:
+    """golden("more/par.npz") -> arrays, golden("more/x.safetensors") -> dict of tensors, golden("more/x.txt") -> text."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.taken: set[str] = set()
+        self.deselected = False
+
+    def files(self, pattern: str = "*") -> list[str]:
+        """Names such as "more/par.npz" of the goldens that match `pattern`."""
+        places = [self.folder / method for method in METHODS]
+        found = [path for place in places for path in place.rglob("*") if path.suffix in ENDINGS]
+        names = [path.relative_to(self.folder) for path in found]
+        return sorted(name.as_posix() for name in names if name.match(pattern))
+
+    def path(self, name: str) -> Path:
+        """The file, which from now on counts as compared; the test is skipped where there are no goldens."""
+        if not self.folder.is_dir():
+            pytest.skip(f"no goldens: {self.folder} does not exist (set GOLDENS_DIR)")
+        self.taken.add(name)
+        return self.folder / name
+
+    def __call__(self, name: str):
+        path = self.path(name)
+        if path.suffix == ".npz":
+            return np.load(path, allow_pickle=False)
+        return load_file(path) if path.suffix == ".safetensors" else path.read_text(encoding="utf-8")
+
+    def uncompared(self) -> list[str]:
+        return [name for name in self.files() if name not in self.taken]
+
+
+GOLDENS = Goldens(Path(os.environ.get("GOLDENS_DIR") or ROOT.parent / "shared" / "goldens").resolve())
+
+
+@pytest.fixture(scope="session")
+def golden() -> Goldens:
+    return GOLDENS
+
+
+def pytest_deselected(items):
+    GOLDENS.deselected = GOLDENS.deselected or bool(items)
+
+
+def _everything_was_run(session: pytest.Session) -> bool:
+    """Whether no option or argument left out a test of this folder."""
+    config = session.config
+    left_out = (config.option.collectonly, config.option.ignore, config.option.ignore_glob, GOLDENS.deselected)
+    if any(left_out) or session.shouldstop or session.shouldfail:
+        return False
+    here = Path(__file__).resolve().parent
+    selected = [(config.invocation_params.dir / argument).resolve() for argument in config.args if "::" not in argument]
+    return any(here.is_relative_to(path) for path in selected)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int):
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and _everything_was_run(session):
+        left = GOLDENS.uncompared()
+        if left:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+            reporter.write_line("")
+            reporter.write_line(f"ERROR goldens that no test compared: {', '.join(left)}", red=True)
