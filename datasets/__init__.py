@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from datasets import voc
+from datasets import shapes, voc
 from datasets.labels import MASKS, load_labels
 from datasets.samples import find_list
 from datasets.sets import EvalItem, EvalSet, TrainItem, TrainSet, collate_train
@@ -18,7 +18,8 @@ from utils.errors import UserError
 
 __all__ = ["EvalItem", "EvalSet", "TrainItem", "TrainSet", "build_train_set", "build_val_set", "collate_train"]
 
-LAYOUTS = {"voc": voc}
+LAYOUTS = {"voc": voc, "shapes": shapes}
+SHAPES_FOLDER = Path(__file__).resolve().parent.parent / "data" / "shapes"
 ROOT_VARIABLES = {"voc": "VOC_ROOT", "coco": "COCO_ROOT"}
 
 
@@ -49,7 +50,15 @@ def _load(data: DictConfig, split: str, need_masks: bool):
 
 
 def find_root(data: DictConfig) -> Path:
-    """The data's folder: data.root, else the environment variable of the data set. Raises UserError."""
+    """The data's folder: data.root, else the environment variable of the data set; shapes are generated if need be.
+
+    Raises UserError where neither is given (but for shapes) or the folder is missing.
+    """
+    if data.name == "shapes":
+        own = SHAPES_FOLDER / "seed{seed}_{train}_{val}_{size}px".format(**data.shapes)
+        root = Path(data.root).expanduser() if data.root else own
+        shapes.generate(root, **data.shapes)
+        return root
     variable = ROOT_VARIABLES[data.name]
     root = data.root or os.environ.get(variable)
     if not root:
