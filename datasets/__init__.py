@@ -5,20 +5,22 @@
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
-from datasets import shapes, voc
+from datasets import coco, shapes, voc
 from datasets.labels import MASKS, load_labels
-from datasets.samples import find_list
+from datasets.samples import Sample, find_list
 from datasets.sets import EvalItem, EvalSet, TrainItem, TrainSet, collate_train
 from datasets.transforms import build_augmentation
 from utils.errors import UserError
 
 __all__ = ["EvalItem", "EvalSet", "TrainItem", "TrainSet", "build_train_set", "build_val_set", "collate_train"]
 
-LAYOUTS = {"voc": voc, "shapes": shapes}
+LAYOUTS = {"voc": voc, "coco": coco, "shapes": shapes}
 SHAPES_FOLDER = Path(__file__).resolve().parent.parent / "data" / "shapes"
 ROOT_VARIABLES = {"voc": "VOC_ROOT", "coco": "COCO_ROOT"}
 
@@ -37,16 +39,18 @@ def build_val_set(config: DictConfig, split: str | None = None) -> EvalSet:
     return EvalSet(*_load(config.data, split or config.data.val_split, need_masks=True))
 
 
-def _load(data: DictConfig, split: str, need_masks: bool):
-    """Samples, labels and classes of a split."""
+def _load(
+    data: DictConfig, split: str, need_masks: bool
+) -> tuple[list[Sample], Callable[[Sample], torch.Tensor], tuple[str, ...]]:
+    """Samples, labels (a function of a sample) and classes of a split."""
     if data.name not in LAYOUTS:
         raise UserError(f"data.name={data.name}: known data sets are {', '.join(LAYOUTS)}")
     layout = LAYOUTS[data.name]
     root = find_root(data)
     classes = tuple(data.classes) if data.classes else layout.CLASSES
-    samples = layout.read_split(root, split, need_masks)
-    list_folder = find_list(root, split, layout.list_folders(root)).parent
-    return samples, load_labels(data.image_labels, root, list_folder, samples, classes), classes
+    list_path = find_list(split, layout.list_folders(root), root)
+    samples = layout.read_samples(root, list_path, need_masks)
+    return samples, load_labels(data.image_labels, root, list_path.parent, samples, classes), classes
 
 
 def find_root(data: DictConfig) -> Path:

@@ -16,7 +16,7 @@ class Sample(NamedTuple):
     mask: Path | None
 
 
-def find_list(root: Path, split: str, folders: tuple[Path, ...]) -> Path:
+def find_list(split: str, folders: tuple[Path, ...], root: Path) -> Path:
     """The list file of a split: `split` itself where it is a .txt path, else SPLIT.txt in the first folder with it.
 
     Raises UserError naming the places looked at.
@@ -28,7 +28,6 @@ def find_list(root: Path, split: str, folders: tuple[Path, ...]) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    require_folder(root)
     raise UserError(f"split {split!r} not found: looked for {', '.join(map(str, candidates))}")
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from datasets.voc import list_folders, read_split
+from datasets.voc import list_folders, read_samples
 from utils.errors import UserError
 from utils.images import write_label_png
 
-__all__ = ["CLASSES", "draw", "generate", "list_folders", "read_split"]
+__all__ = ["CLASSES", "draw", "generate", "list_folders", "read_samples"]
 
 CLASSES = ("disc", "square", "triangle", "star", "cross", "ring")
 VERSION = 1  # of the drawing code: raise it when images change

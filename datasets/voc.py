@@ -7,7 +7,7 @@
 
 from pathlib import Path
 
-from datasets.samples import Sample, find_list, list_folder, read_list, require_folder
+from datasets.samples import Sample, list_folder, read_list, require_folder
 from utils.errors import UserError
 
 CLASSES = (
@@ -23,14 +23,13 @@ def list_folders(root: Path) -> tuple[Path, ...]:
     return root / "ImageSets" / "Segmentation", root
 
 
-def read_split(root: Path, split: str, need_masks: bool) -> list[Sample]:
-    """The samples of a split, in the order of its list.
+def read_samples(root: Path, list_path: Path, need_masks: bool) -> list[Sample]:
+    """The samples of a split's list, in its order.
 
     A line of the list is a name, or '/JPEGImages/x.jpg' with or without '/SegmentationClassAug/x.png' behind it.
-    Raises UserError for a missing folder or list, an empty list, an image that is not there and,
+    Raises UserError for a missing folder, an empty list, an image that is not there and,
     with need_masks, a mask that is not there.
     """
-    list_path = find_list(root, split, list_folders(root))
     require_folder(root / "JPEGImages")
     mask_folders = [root / folder for folder in MASK_FOLDERS if (root / folder).is_dir()]
     if need_masks and not mask_folders:
