@@ -14,6 +14,7 @@ that failed.
 """
 
 import contextlib
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -199,6 +200,8 @@ def main(argv: Sequence[str]) -> int:
         return USER_ERROR_CODE
     try:
         script, count = find_script(argv[0]), check_count(argv[2])
+        if importlib.util.find_spec("torch") is None:
+            raise UserError(f"{sys.executable} has no torch: run pip install -r requirements.txt, or run_tests.sh")
         ids, port = check_devices(argv[1], count), check_port(argv[3])
         os.environ.update(environment(ids, count))
         return launch(script, count, port, argv[4:])

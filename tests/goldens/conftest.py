@@ -17,7 +17,7 @@ ENDINGS = (".npz", ".safetensors", ".txt")
 
 
 class Goldens:
-    """golden("more/par.npz") -> arrays, golden("more/x.safetensors") -> dict of tensors, golden("more/x.txt") -> text."""
+    """Takes files: golden("more/par.npz") gives arrays, a .safetensors a dict of tensors, a .txt its text."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -26,15 +26,12 @@ class Goldens:
 
     def files(self, pattern: str = "*") -> list[str]:
         """Names such as "more/par.npz" of the goldens that match `pattern`."""
-        places = [self.folder / method for method in METHODS]
-        found = [path for place in places for path in place.rglob("*") if path.suffix in ENDINGS]
-        names = [path.relative_to(self.folder) for path in found]
-        return sorted(name.as_posix() for name in names if name.match(pattern))
+        self._skip_without_folder()
+        return [name for name in self._all() if Path(name).match(pattern)]
 
     def path(self, name: str) -> Path:
         """The file, which from now on counts as compared; the test is skipped where there are no goldens."""
-        if not self.folder.is_dir():
-            pytest.skip(f"no goldens: {self.folder} does not exist (set GOLDENS_DIR)")
+        self._skip_without_folder()
         self.taken.add(name)
         return self.folder / name
 
@@ -45,7 +42,16 @@ class Goldens:
         return load_file(path) if path.suffix == ".safetensors" else path.read_text(encoding="utf-8")
 
     def uncompared(self) -> list[str]:
-        return [name for name in self.files() if name not in self.taken]
+        """Names of the goldens that no test took."""
+        return [name for name in self._all() if name not in self.taken]
+
+    def _all(self) -> list[str]:
+        found = [path for method in METHODS for path in (self.folder / method).rglob("*") if path.suffix in ENDINGS]
+        return sorted(path.relative_to(self.folder).as_posix() for path in found)
+
+    def _skip_without_folder(self) -> None:
+        if not self.folder.is_dir():
+            pytest.skip(f"no goldens: {self.folder} does not exist (set GOLDENS_DIR)")
 
 
 GOLDENS = Goldens(Path(os.environ.get("GOLDENS_DIR") or ROOT.parent / "shared" / "goldens").resolve())

@@ -1,0 +1,248 @@
+"""engine/launch.py and the launchers, with small scripts in place of the real ones."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from engine import launch
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import os, sys, time
+from engine.launch import run_script
+from utils.errors import UserError
+
+def main(argv):
+    rank = int(os.environ["RANK"])
+    if argv == ["crash"]:
+        raise ZeroDivisionError("boom")
+    if argv == ["mistake"]:
+        raise UserError("image x.jpg is missing")
+    if argv == ["mistake of rank 1"]:
+        import torch
+        torch.distributed.init_process_group("gloo")
+        if rank == 1:
+            raise UserError("image x.jpg is missing")
+        torch.distributed.barrier()
+    if argv == ["killed"]:
+        os.kill(os.getpid(), 9)
+    if argv == ["sleep"]:
+        print("pid", os.getpid(), flush=True)
+        time.sleep(60)
+    names = ("WORLD_SIZE", "WSSS_DEVICE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    if rank == 0:
+        print("argv", argv, *(os.environ[name] for name in names), os.getcwd(), sep="|")
+
+if __name__ == "__main__":
+    run_script(main)
+"""
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A copy of the launchers with SCRIPT in place of the scripts and tools, and the environment to run it in."""
+    root = tmp_path / "house"
+    for folder in ("engine", "utils", "scripts", "tools"):
+        (root / folder).mkdir(parents=True)
+    for path in (*ROOT.glob("run_*.sh"), ROOT / "engine/launch.py", ROOT / "utils/errors.py"):
+        shutil.copy(path, root / path.relative_to(ROOT))
+    for name in ("scripts/train_voc.py", "tools/infer_voc.py", "tools/infer_seg_coco.py"):
+        (root / name).write_text(SCRIPT)
+    return root
+
+
+def _environment(**changes: str) -> dict[str, str]:
+    dropped = ("OMP_NUM_THREADS", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", **changes}
+
+
+def run(root, launcher, *arguments, cwd=None, **environment):
+    command = ["bash", str(root / launcher), *map(str, arguments)]
+    cwd = cwd or root.parent
+    return subprocess.run(command, cwd=cwd, env=_environment(**environment), capture_output=True, text=True, timeout=60)
+
+
+def run_train(root, *arguments, devices="cpu", count=1, port="auto", **environment):
+    return run(root, "run_train.sh", "scripts/train_voc.py", devices, count, port, *arguments, **environment)
+
+
+@pytest.mark.parametrize("launcher", ["run_train.sh", "run_evaluate_voc.sh", "run_evaluate_seg_coco.sh"])
+def test_too_few_arguments_print_the_usage(house, launcher):
+    result = run(house, launcher, "cpu")
+    assert result.returncode == 2 and result.stderr.startswith(f"usage: bash {launcher} ")
+
+
+def test_training_gets_tag_and_overrides(house, tmp_path):
+    other = tmp_path / "other folder"
+    (other / "utils").mkdir(parents=True)  # a folder of the user that must not hide the project's
+    (other / "utils" / "errors.py").write_text("raise SystemExit(9)")
+    result = run_train(house, "my tag", "data.root=a b", cwd=other)
+    threads = len(os.sched_getaffinity(0))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"argv|['tag=my tag', 'data.root=a b']|1|cpu||{threads}|{other}\n"
+
+
+def test_evaluation_gets_checkpoint_and_overrides(house):
+    result = run(house, "run_evaluate_voc.sh", "cpu", 2, "a.pth", "evaluate.crf=true", OMP_NUM_THREADS="3")
+    assert result.stdout == f"argv|['checkpoint=a.pth', 'evaluate.crf=true']|2|cpu||3|{house.parent}\n"
+    result = run(house, "run_evaluate_seg_coco.sh", "tools/infer_seg_coco.py", "cpu", 1, "val", "a.pth", "x=1")
+    assert "['data.val_split=val', 'checkpoint=a.pth', 'x=1']|1|cpu" in result.stdout
+
+
+@pytest.mark.parametrize(("what", "count"), [("mistake", 1), ("mistake", 2), ("mistake of rank 1", 2)])
+def test_a_mistake_is_one_line(house, what, count):
+    result = subprocess.run(
+        [sys.executable, str(house / "engine/launch.py"), "scripts/train_voc.py", "cpu", str(count), "auto", what],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: image x.jpg is missing\n")
+
+
+def launch_script(house, what, count=1):
+    command = [sys.executable, str(house / "engine/launch.py"), "scripts/train_voc.py", "cpu", str(count), "auto", what]
+    return subprocess.Popen(
+        command, cwd=house, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_crash_keeps_its_traceback(house):
+    process = launch_script(house, "crash")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ZeroDivisionError: boom" in error and "torch/distributed" not in error
+
+
+def test_a_killed_process_is_named(house):
+    process = launch_script(house, "killed")
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (137, "process 0 was killed by SIGKILL\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_processes(house, number, code):
+    process = launch_script(house, "sleep", count=2)
+    children = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (code, "")
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+def test_a_port_in_use(house):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        result = run_train(house, "tag", port=port)
+    assert result.returncode == 2 and result.stderr == f"error: port {port} is in use: give another\n"
+    assert launch.check_port(str(port)) == port
+
+
+def test_an_unknown_script(house):
+    result = run(house, "run_train.sh", "scripts/train_vco.py", "cpu", 1, "auto", "tag")
+    assert result.returncode == 2 and result.stderr == "error: script scripts/train_vco.py does not exist\n"
+
+
+def test_a_device_that_does_not_exist(house):
+    result = run_train(house, "tag", devices="0,99", count=2, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 2
+    assert result.stderr == "error: DEVICES is '0,99': GPU 0, 99 does not exist, no GPU is visible: use cpu\n"
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "words"),
+    [
+        ("0,4", 2, "GPU 4 does not exist, visible are 0 to 3"),
+        ("0,1", 3, "COUNT is 3 but DEVICES '0,1' names 2"),
+        ("1,1", 2, "named twice"),
+        ("gpu", 1, "expected cpu or GPU ids"),
+        ("0,", 1, "expected cpu or GPU ids"),
+        ("-1", 1, "expected cpu or GPU ids"),
+    ],
+)
+def test_wrong_devices(monkeypatch, devices, count, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match=words):
+        launch.check_devices(devices, count)
+
+
+def test_devices_count_from_those_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert launch.check_devices("cpu", 5) is None
+    assert launch.check_devices("2,0", 2) == [2, 0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert launch.environment([2, 0], 2)["CUDA_VISIBLE_DEVICES"] == "6,4"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert launch.environment([2, 0], 2)["CUDA_VISIBLE_DEVICES"] == "2,0"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "two", ""])
+def test_wrong_counts(text):
+    with pytest.raises(UserError, match="COUNT"):
+        launch.check_count(text)
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "x", "-5"])
+def test_wrong_ports(text):
+    with pytest.raises(UserError, match="PORT"):
+        launch.check_port(text)
+
+
+class _Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise UserError("image x.jpg is truncated")
+
+
+def test_a_mistake_met_by_a_worker_keeps_its_line():
+    with pytest.raises(UserError) as caught:
+        next(iter(DataLoader(_Broken(), num_workers=1)))
+    assert "Traceback" in str(caught.value)
+    assert launch.error_line(caught.value) == "image x.jpg is truncated"
+    assert launch.error_line(UserError("two\n  lines")) == "two lines"
+
+
+def _raise(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+def test_a_script_without_the_launcher_prints_its_mistake(monkeypatch, capsys):
+    monkeypatch.delenv(launch.ERROR_FILE, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        launch.run_script(_raise(UserError("no such file")))
+    assert caught.value.code == 2 and capsys.readouterr().err == "error: no such file\n"
+    with pytest.raises(SystemExit) as caught:
+        launch.run_script(_raise(KeyboardInterrupt()))
+    assert caught.value.code == 130
+
+
+def test_the_first_mistake_wins(monkeypatch, tmp_path):
+    monkeypatch.setenv(launch.ERROR_FILE, str(tmp_path / "error"))
+    with pytest.raises(ZeroDivisionError):
+        launch.run_script(_raise(ZeroDivisionError()))
+    for error in (UserError("first"), UserError("second"), RuntimeError("connection closed")):
+        with pytest.raises(SystemExit) as caught:
+            launch.run_script(_raise(error))
+        assert caught.value.code == 2
+    assert (tmp_path / "error").read_text() == "first"
