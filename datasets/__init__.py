@@ -59,7 +59,7 @@ def find_root(data: DictConfig) -> Path:
     Raises UserError where neither is given (but for shapes) or the folder is missing.
     """
     if data.name == "shapes":
-        own = SHAPES_FOLDER / "seed{seed}_{train}_{val}_{size}px".format(**data.shapes)
+        own = SHAPES_FOLDER / "v{}_seed{seed}_{train}_{val}_{size}px".format(shapes.VERSION, **data.shapes)
         root = Path(data.root).expanduser() if data.root else own
         shapes.generate(root, **data.shapes)
         return root

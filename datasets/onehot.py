@@ -51,35 +51,42 @@ class _Array:
         return np.frombuffer(self.data, dtype).astype(np.float32).reshape(self.shape)
 
 
-class _ArrayType:
-    """Stands for the name numpy.ndarray, which only ever is an argument."""
-
-
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"text encoded as {encoding!r} is not read")
-    return text.encode("latin1")
-
-
-_NAMES = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): _ArrayType,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
-}
-
-
 class _Reader(pickle.Unpickler):
+    """Unpickler that knows a handful of names, all of them recorders, which are made anew for every file."""
+
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream)
+
+        class ArrayType:
+            """Stands for numpy.ndarray, which only ever is an argument."""
+
+        def reconstruct(*_: object) -> _Array:
+            return _Array()
+
+        def frombuffer(data: bytes, dtype: _Dtype, shape: tuple, order: str) -> _Array:
+            array = _Array()
+            array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
+            return array
+
+        def encode(text: str, encoding: str) -> bytes:
+            if encoding != "latin1":
+                raise pickle.UnpicklingError(f"text encoded as {encoding!r} is not read")
+            return text.encode("latin1")
+
+        self.names = {
+            ("numpy.core.multiarray", "_reconstruct"): reconstruct,
+            ("numpy._core.multiarray", "_reconstruct"): reconstruct,
+            ("numpy.core.numeric", "_frombuffer"): frombuffer,
+            ("numpy._core.numeric", "_frombuffer"): frombuffer,
+            ("numpy", "ndarray"): ArrayType,
+            ("numpy", "dtype"): _Dtype,
+            ("_codecs", "encode"): encode,
+        }
+
     def find_class(self, module: str, name: str) -> object:
-        try:
-            return _NAMES[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which label files do not need") from None
+        if (module, name) not in self.names:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which label files do not need")
+        return self.names[module, name]
 
 
 def read_onehot(path: Path) -> dict[str, np.ndarray]:
@@ -98,8 +105,6 @@ def read_onehot(path: Path) -> dict[str, np.ndarray]:
         return {name: _vector(value) for name, value in content.items()}
     except FileNotFoundError:
         raise UserError(f"{path}: file of image labels is missing") from None
-    except UserError:
-        raise
     except Exception as error:  # a hostile pickle can raise anything; whatever it is, the file is not a label file
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: not a dictionary of image labels ({' '.join(reason.split())})") from None

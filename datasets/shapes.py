@@ -24,6 +24,10 @@ VERSION = 1  # of the drawing code: raise it when images change
 SPLITS = ("train", "val")
 
 _MANIFEST, _MARKER = "shapes.json", ".generating"
+_JPEG = [
+    *(cv2.IMWRITE_JPEG_QUALITY, 95),
+    *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),  # textures keep their colours
+]
 _FINE = 4  # outlines are drawn so much finer, then averaged
 _COUNTS = (0.3, 0.35, 0.2, 0.15)  # probability of 1, 2, 3, 4 objects
 _MAX_HIDDEN = 0.35  # largest share of an object that later ones may cover
@@ -100,7 +104,7 @@ def _write(root: Path, settings: dict) -> None:
         names = [f"{split}_{index:06d}" for index in range(settings[split])]
         for index, name in enumerate(names):
             image, label_map = draw(settings["seed"], split, index, settings["size"])
-            cv2.imwrite(str(images / f"{name}.jpg"), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+            cv2.imwrite(str(images / f"{name}.jpg"), image[..., ::-1], _JPEG)
             write_label_png(masks / f"{name}.png", label_map)
             labels[name] = [CLASSES[i - 1] for i in np.unique(label_map) if i]
         (lists / f"{split}.txt").write_text("\n".join(names) + "\n")

@@ -1,0 +1,278 @@
+"""The data sets as the trainer builds them: layouts, items, and every mistake a user makes with the files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datasets import build_train_set, build_val_set, coco, collate_train, voc
+from datasets.labels import labels_of_mask
+from utils.errors import UserError
+from utils.images import write_label_png
+
+DEFAULTS = Path(__file__).resolve().parents[2] / "configs" / "default.yaml"
+
+
+def config_of(root, **data):
+    config = OmegaConf.load(DEFAULTS)
+    config.data.update({"root": str(root), "crop_size": 48, **data})
+    return config
+
+
+@pytest.fixture
+def tiny_coco(tmp_path):
+    """Three images in the COCO layout: two of train2014, one of val2014, which is also val_part."""
+    root = tmp_path / "coco"
+    members = {
+        "train": ["COCO_train2014_000000000009", "COCO_train2014_000000000025"],
+        "val": ["COCO_val2014_000000000042"],
+    }
+    labels = {}
+    for part, names in members.items():
+        for i, name in enumerate(names):
+            mask = np.zeros((40, 56), np.uint8)
+            mask[5:20, 5:30] = 80 - i
+            image = root / "JPEGImages" / f"{part}2014" / f"{name}.jpg"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((40, 56, 3), 100, np.uint8)).save(image)
+            short = name if part == "train" else name[-12:]
+            write_label_png(root / "SegmentationClass" / f"{part}2014" / f"{short}.png", mask)
+            labels[name] = [coco.CLASSES[79 - i]]
+    (root / "train.txt").write_text("\n".join(members["train"]))
+    (root / "SegmentationClass" / "val_part.txt").write_text(members["val"][0])
+    (root / "labels.json").write_text(json.dumps(labels))
+    return root
+
+
+def edit_list(root, split, text):
+    (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(text)
+
+
+def first_name(root, split):
+    return (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()[0]
+
+
+def test_items_and_batch(tiny_voc):
+    train = build_train_set(config_of(tiny_voc))
+    assert train.classes == voc.CLASSES and len(train) == len(train.names) == 8
+    name, image, labels, valid, seed = train[2, 77]
+    assert name == train.names[2] and seed == 77
+    assert image.shape == (3, 48, 48) and image.dtype == torch.float32
+    assert labels.shape == (20,) and labels.dtype == torch.float32 and valid.dtype == torch.bool
+    batch = collate_train([train[i, 2**60 + i] for i in range(3)])
+    assert batch.names == train.names[:3] and batch.images.shape == (3, 3, 48, 48) and batch.labels.shape == (3, 20)
+    assert batch.valid.shape == (3, 48, 48) and batch.seeds.tolist() == [2**60, 2**60 + 1, 2**60 + 2]
+
+
+def test_val_items_agree_with_their_masks(tiny_voc):
+    val = build_val_set(config_of(tiny_voc))
+    assert len(val) == 4 and len(build_val_set(config_of(tiny_voc), "train")) == 8
+    for i in range(len(val)):
+        item = val[i]
+        assert item.name == val.names[i] and item.label_map.dtype == np.uint8
+        assert item.image.shape[1:] == item.label_map.shape
+        assert torch.equal(item.labels, labels_of_mask(item.label_map, 20))
+
+
+@pytest.mark.parametrize("augmentation", ["voc", "coco"])
+def test_augmentation_does_not_depend_on_workers(tiny_voc, augmentation):
+    train = build_train_set(config_of(tiny_voc, augmentation=augmentation))
+    keys = [(i % 8, 1000 + i) for i in range(10)]
+    batches = []
+    for workers in (0, 1, 2):
+        torch.manual_seed(workers)
+        loader = DataLoader(train, 2, sampler=keys, num_workers=workers, collate_fn=collate_train)
+        batches.append(list(loader))
+    for other in batches[1:]:
+        for a, b in zip(batches[0], other, strict=True):
+            assert a.names == b.names and all(torch.equal(x, y) for x, y in zip(a[1:], b[1:], strict=True))
+
+
+def test_training_needs_no_masks(tiny_voc):
+    for mask in (tiny_voc / "SegmentationClassAug").iterdir():
+        mask.unlink()
+    assert len(build_train_set(config_of(tiny_voc))) == 8
+    with pytest.raises(UserError, match=r"\.png: mask of .*val\.txt is missing"):
+        build_val_set(config_of(tiny_voc))
+    (tiny_voc / "SegmentationClassAug").rmdir()
+    assert len(build_train_set(config_of(tiny_voc))) == 8
+    with pytest.raises(UserError, match="neither SegmentationClassAug nor SegmentationClass"):
+        build_val_set(config_of(tiny_voc))
+
+
+def test_labels_from_masks(tiny_voc):
+    with_file, from_masks = (build_train_set(config_of(tiny_voc, image_labels=source)) for source in (None, "masks"))
+    assert all(torch.equal(with_file[i, 0].labels, from_masks[i, 0].labels) for i in range(8))
+
+
+def test_list_forms(tiny_voc):
+    names = (tiny_voc / "ImageSets/Segmentation/val.txt").read_text().split()
+    pairs = "\n".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in names)
+    edit_list(tiny_voc, "pairs", "\ufeff" + pairs + "\n\n")
+    (tiny_voc / "plain.txt").write_text("\r\n".join(names))
+    by_path = str(tiny_voc / "plain.txt")
+    for split in ("pairs", "plain", by_path, "plain.txt"):
+        assert build_val_set(config_of(tiny_voc), split).names == names
+
+
+def test_one_line_split(tiny_voc):
+    name = first_name(tiny_voc, "val")
+    for text in (name, name + "\n"):
+        edit_list(tiny_voc, "one", text)
+        assert build_val_set(config_of(tiny_voc), "one").names == [name]
+        assert build_train_set(config_of(tiny_voc, train_split="one"))[0, 1].name == name
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_empty_split(tiny_voc, text):
+    edit_list(tiny_voc, "val", text)
+    with pytest.raises(UserError, match=r"val\.txt: the split is empty"):
+        build_val_set(config_of(tiny_voc))
+
+
+def test_unknown_split(tiny_voc):
+    with pytest.raises(UserError, match=r"'trian' not found.*trian\.txt"):
+        build_val_set(config_of(tiny_voc), "trian")
+
+
+def test_missing_image(tiny_voc):
+    name = first_name(tiny_voc, "train_aug")
+    (tiny_voc / "JPEGImages" / f"{name}.jpg").unlink()
+    with pytest.raises(UserError, match=rf"{name}\.jpg: image of .*train_aug\.txt is missing"):
+        build_train_set(config_of(tiny_voc))
+
+
+def test_truncated_image(tiny_voc):
+    path = tiny_voc / "JPEGImages" / f"{first_name(tiny_voc, 'train_aug')}.jpg"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match=path.name):
+        build_train_set(config_of(tiny_voc))[0, 0]
+
+
+def test_image_without_label(tiny_voc):
+    (tiny_voc / "labels.json").write_text("{}")
+    with pytest.raises(UserError, match=f"no labels for image {first_name(tiny_voc, 'train_aug')}"):
+        build_train_set(config_of(tiny_voc))
+
+
+def test_image_of_no_class_is_allowed(tiny_voc):
+    labels = json.loads((tiny_voc / "labels.json").read_text())
+    (tiny_voc / "labels.json").write_text(json.dumps({name: [] for name in labels}))
+    assert build_train_set(config_of(tiny_voc))[0, 0].labels.sum() == 0
+
+
+def test_mask_of_another_size(tiny_voc):
+    name = first_name(tiny_voc, "val")
+    write_label_png(tiny_voc / "SegmentationClassAug" / f"{name}.png", np.zeros((10, 11), np.uint8))
+    with pytest.raises(UserError, match=rf"{name}\.png is 11x10, but its image .*{name}\.jpg is 64x"):
+        build_val_set(config_of(tiny_voc))[0]
+
+
+def test_mask_id_out_of_range(tiny_voc):
+    name = first_name(tiny_voc, "val")
+    path = tiny_voc / "SegmentationClassAug" / f"{name}.png"
+    ids = np.array(Image.open(path))
+    ids[0, 0] = 33
+    Image.fromarray(ids).save(path)
+    with pytest.raises(UserError, match=rf"{name}\.png: mask holds id 33"):
+        build_val_set(config_of(tiny_voc))[0]
+
+
+def test_own_classes(tiny_voc):
+    classes = ["aeroplane", "bird", "cat", "dog", "yak"]
+    assert build_train_set(config_of(tiny_voc, classes=classes))[0, 0].labels.shape == (5,)
+    with pytest.raises(UserError, match="unknown class"):
+        build_train_set(config_of(tiny_voc, classes=["bird", "yak"]))
+
+
+def test_root(tiny_voc, tmp_path, monkeypatch):
+    monkeypatch.delenv("VOC_ROOT", raising=False)
+    config = config_of(tiny_voc)
+    config.data.root = None
+    with pytest.raises(UserError, match=r"data\.root=.*VOC_ROOT="):
+        build_train_set(config)
+    monkeypatch.setenv("VOC_ROOT", str(tiny_voc))
+    assert len(build_train_set(config)) == 8
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        build_train_set(config_of(tmp_path / "nowhere"))
+    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (tmp_path / "train_aug.txt").write_text("x")
+    with pytest.raises(UserError, match="JPEGImages: no such folder"):
+        build_train_set(config_of(tmp_path))
+    with pytest.raises(UserError, match=r"data\.name=cocoa"):
+        build_train_set(config_of(tiny_voc, name="cocoa"))
+
+
+def test_coco_layout(tiny_coco):
+    config = config_of(tiny_coco, name="coco", augmentation="coco", train_split="train", val_split="val_part")
+    train, val = build_train_set(config), build_val_set(config)
+    assert len(train.classes) == 80 and train.names[0] == "COCO_train2014_000000000009"
+    assert train[1, 0].labels.argmax() == 78 and not train[1, 0].valid.all()
+    assert val.names == ["COCO_val2014_000000000042"] and set(val[0].label_map.flat) == {0, 80}
+    assert torch.equal(val[0].labels, labels_of_mask(val[0].label_map, 80))
+    config.data.image_labels = "masks"
+    assert build_train_set(config)[0, 0].labels.nonzero().tolist() == [[79]]
+
+
+def test_coco_mistakes(tiny_coco):
+    config = config_of(tiny_coco, name="coco", train_split="train", val_split="val_part")
+    (tiny_coco / "SegmentationClass" / "val2014" / "000000000042.png").unlink()
+    with pytest.raises(UserError, match=r"COCO_val2014_000000000042\.png: mask of .*val_part\.txt is missing"):
+        build_val_set(config)
+    (tiny_coco / "JPEGImages" / "train2014" / "COCO_train2014_000000000025.jpg").unlink()
+    with pytest.raises(UserError, match=r"COCO_train2014_000000000025\.jpg: image of .*train\.txt is missing"):
+        build_train_set(config)
+    (tiny_coco / "train.txt").write_text("2007_000032")
+    with pytest.raises(UserError, match=r"train\.txt: '2007_000032' is no COCO image name"):
+        build_train_set(config)
+    (tiny_coco / "train.txt").write_text("")
+    with pytest.raises(UserError, match=r"train\.txt: the split is empty"):
+        build_train_set(config)
+
+
+def test_shapes_by_config(tmp_path):
+    sizes = {"seed": 1, "train": 4, "val": 2, "size": 64}
+    config = config_of(tmp_path / "shapes", name="shapes", train_split="train", shapes=sizes)
+    train, val = build_train_set(config), build_val_set(config)
+    assert len(train) == 4 and len(val) == 2 and len(train.classes) == 6
+    assert all(torch.equal(item.labels, labels_of_mask(item.label_map, 6)) for item in (val[0], val[1]))
+
+
+def test_real_voc_images(shared_data):
+    root = shared_data / "voc_animals"
+    if not root.is_dir():
+        pytest.skip(f"no {root}")
+    train, val = build_train_set(config_of(root)), build_val_set(config_of(root))
+    assert len(train) > len(val) > 0
+    for i in range(0, len(val), max(1, len(val) // 8)):
+        item = val[i]
+        assert torch.equal(item.labels, labels_of_mask(item.label_map, 20))
+    image = train[0, 0].image
+    assert image.shape == (3, 48, 48) and image.std() > 0.1
+
+
+def test_real_coco_images(shared_data, tmp_path):
+    root = shared_data / "coco_mini"
+    if not root.is_dir():
+        pytest.skip(f"no {root}")
+    names = {}
+    for part in ("train", "val"):
+        content = json.loads((root / "annotations" / f"instances_{part}2014.json").read_text())
+        classes = {c["id"]: c["name"] for c in content["categories"]}
+        stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
+        names |= {stem: [] for stem in stems.values()}
+        for annotation in content["annotations"]:
+            names[stems[annotation["image_id"]]].append(classes[annotation["category_id"]])
+    (tmp_path / "all.txt").write_text("\n".join(names))
+    (tmp_path / "labels.json").write_text(json.dumps(names))
+    config = config_of(root, name="coco", augmentation="coco", train_split=str(tmp_path / "all.txt"))
+    train = build_train_set(config)
+    assert train.names == list(names)
+    for i in range(0, len(train), max(1, len(train) // 6)):
+        item = train[i, i]
+        assert {train.classes[k] for k in item.labels.nonzero().flatten()} == set(names[item.name])

@@ -1,0 +1,110 @@
+"""Generated shapes: the same from the same seed, exact masks, finished once, resumed when interrupted."""
+
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+
+from datasets import shapes
+from utils.errors import UserError
+from utils.images import read_label_map, read_rgb
+
+SETTINGS = {"seed": 3, "train": 6, "val": 3, "size": 64}
+
+
+def content(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_same_seed_same_images():
+    for split in shapes.SPLITS:
+        image, label_map = shapes.draw(5, split, 2, 64)
+        np.random.seed(0)
+        again, labels_again = shapes.draw(5, split, 2, 64)
+        assert (image == again).all() and (label_map == labels_again).all()
+    different = [shapes.draw(5, "train", 3, 64), shapes.draw(6, "train", 2, 64), shapes.draw(5, "val", 2, 64)]
+    reference = shapes.draw(5, "train", 2, 64)[0]
+    assert all((image != reference).any() for image, _ in different)
+
+
+def test_pictures_are_as_described():
+    counts = np.zeros(len(shapes.CLASSES))
+    shares = []
+    for index in range(60):
+        image, label_map = shapes.draw(0, "train", index, 96)
+        assert image.shape == (96, 96, 3) and image.dtype == label_map.dtype == np.uint8
+        present = np.unique(label_map)
+        assert present[0] == 0 and 2 <= len(present) <= 5 and present.max() <= len(shapes.CLASSES)
+        counts[present[1:] - 1] += 1
+        shares.append((label_map > 0).mean())
+    assert len(shapes.CLASSES) >= 6 and counts.min() >= 5
+    assert 0.1 < np.mean(shares) < 0.4
+
+
+def test_written_in_the_voc_layout(tmp_path):
+    root = tmp_path / "shapes"
+    shapes.generate(root, **SETTINGS)
+    labels = json.loads((root / "labels.json").read_text())
+    for split in shapes.SPLITS:
+        names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+        assert len(names) == SETTINGS[split]
+        for index, name in enumerate(names):
+            image, label_map = shapes.draw(3, split, index, 64)
+            written = read_label_map(root / "SegmentationClass" / f"{name}.png", len(shapes.CLASSES) + 1)
+            assert (written == label_map).all()
+            assert np.abs(read_rgb(root / "JPEGImages" / f"{name}.jpg").astype(int) - image).mean() < 4
+            assert labels[name] == [shapes.CLASSES[i - 1] for i in np.unique(label_map) if i]
+    assert len(labels) == 9 and not (root / ".generating").exists()
+
+
+def test_finished_is_left_alone_and_interrupted_is_redone(tmp_path, monkeypatch):
+    root = tmp_path / "shapes"
+    shapes.generate(root, **SETTINGS)
+    whole = content(root)
+    with monkeypatch.context() as patched:
+        patched.setattr(shapes, "_write", lambda *_: pytest.fail("written twice"))
+        shapes.generate(root, **SETTINGS)
+
+    broken, calls, draw = tmp_path / "broken", [], shapes.draw
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shapes, "draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shapes.generate(broken, **SETTINGS)
+    assert not (broken / "shapes.json").exists()
+    (broken / "JPEGImages" / "train_000001.jpg").write_bytes(b"half")
+    shapes.generate(broken, **SETTINGS)
+    assert content(broken) == whole
+
+
+def test_two_processes_at_once(tmp_path):
+    root, alone = tmp_path / "shapes", tmp_path / "alone"
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=shapes.generate, args=(root,), kwargs=SETTINGS) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+        assert worker.exitcode == 0
+    shapes.generate(alone, **SETTINGS)
+    assert content(root) == content(alone)
+
+
+def test_refuses_other_content_and_other_settings(tmp_path):
+    shapes.generate(tmp_path / "shapes", **SETTINGS)
+    with pytest.raises(UserError, match="'seed': 3"):
+        shapes.generate(tmp_path / "shapes", **(SETTINGS | {"seed": 4}))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"thesis\.tex"):
+        shapes.generate(tmp_path / "mine", **SETTINGS)
+    for change in ({"train": 0}, {"val": 0}, {"size": 8}, {"seed": -1}):
+        with pytest.raises(UserError, match=r"data\.shapes"):
+            shapes.generate(tmp_path / "new", **(SETTINGS | change))

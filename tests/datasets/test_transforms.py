@@ -1,0 +1,102 @@
+"""Training augmentations: sizes, ranges, the valid mask, and draws that come from the seed alone."""
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from datasets.transforms import build_augmentation, seeded
+from utils.errors import UserError
+from utils.images import normalize
+
+
+def augmentation(name, crop_size=64, resize_range=(0.32, 1.0)):
+    return build_augmentation(
+        OmegaConf.create({"augmentation": name, "crop_size": crop_size, "resize_range": list(resize_range)})
+    )
+
+
+def picture(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", ["voc", "coco"])
+@pytest.mark.parametrize("size", [(50, 70), (64, 64), (200, 90), (1, 1), (300, 20)])
+def test_sizes_and_types(name, size):
+    for seed in range(8):
+        with seeded(seed):
+            crop, valid = augmentation(name)(picture(*size))
+        assert crop.shape == (3, 64, 64) and crop.dtype == torch.float32 and torch.isfinite(crop).all()
+        assert valid.shape == (64, 64) and valid.dtype == torch.bool
+        assert valid.any() and (name == "coco" or valid.all())
+
+
+@pytest.mark.parametrize("name", ["voc", "coco"])
+def test_draws_come_from_the_seed(name):
+    transform, image = augmentation(name), picture(90, 120)
+    crops = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        np.random.seed(state)
+        with seeded(7):
+            crops.append(transform(image))
+    assert torch.equal(crops[0][0], crops[1][0]) and torch.equal(crops[0][1], crops[1][1])
+    with seeded(8):
+        assert not torch.equal(transform(image)[0], crops[0][0])
+
+
+def test_the_generator_is_put_back():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with seeded(9):
+        torch.rand(100)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_coco_padding_is_zero_and_marked():
+    transform, image = augmentation("coco", 64, (0.5, 0.5)), np.full((60, 100, 3), 250, np.uint8)
+    tops = set()
+    for seed in range(20):
+        with seeded(seed):
+            crop, valid = transform(image)
+        assert (crop[:, ~valid] == 0).all() and valid.sum() == 30 * 50
+        rows, columns = valid.any(1).nonzero().flatten(), valid.any(0).nonzero().flatten()
+        assert len(rows) == 30 and rows[-1] - rows[0] == 29 and len(columns) == 50 and columns[-1] - columns[0] == 49
+        tops.add(int(rows[0]))
+    assert len(tops) > 5 and min(tops) >= 0
+
+
+def test_coco_crops_where_the_image_is_larger():
+    image = picture(80, 64)
+    transform = augmentation("coco", 64, (1.0, 1.0))
+    transform.jitter = transform.flip = lambda picture: picture
+    starts = set()
+    for seed in range(30):
+        with seeded(seed):
+            crop, valid = transform(image)
+        found = [top for top in range(17) if torch.equal(crop, normalize(image[top : top + 64]))]
+        assert valid.all() and len(found) == 1
+        starts.add(found[0])
+    assert len(starts) > 5
+
+
+def test_voc_crop_covers_the_range_of_areas():
+    """The crop's area share of a 100 x 100 image, seen through a horizontal ramp, stays within the range."""
+    ramp = np.repeat(np.linspace(0, 255, 100).astype(np.uint8)[None, :, None], 100, 0).repeat(3, 2)
+    transform = augmentation("voc", 50, (0.32, 1.0))
+    transform.transform.transforms.pop()  # without colour jitter the ramp's span is the crop's width
+    spans = []
+    for seed in range(60):
+        with seeded(seed):
+            crop, _ = transform(ramp)
+        values = crop[0] * 0.229 + 0.485
+        spans.append(float(values.max() - values.min()))
+    assert 0.45 < min(spans) < 0.75 and max(spans) > 0.9
+
+
+@pytest.mark.parametrize("change", [{"augmentation": "vox"}, {"crop_size": 0}, {"resize_range": [1.0, 0.5]}])
+def test_bad_settings(change):
+    data = {"augmentation": "voc", "crop_size": 64, "resize_range": [0.32, 1.0]} | change
+    with pytest.raises(UserError, match=next(iter(change))):
+        build_augmentation(OmegaConf.create(data))
