@@ -104,7 +104,8 @@ def _write(root: Path, settings: dict) -> None:
         names = [f"{split}_{index:06d}" for index in range(settings[split])]
         for index, name in enumerate(names):
             image, label_map = draw(settings["seed"], split, index, settings["size"])
-            cv2.imwrite(str(images / f"{name}.jpg"), image[..., ::-1], _JPEG)
+            if not cv2.imwrite(str(images / f"{name}.jpg"), image[..., ::-1], _JPEG):
+                raise UserError(f"{images}: cannot write {name}.jpg; is the disk full or read-only?")
             write_label_png(masks / f"{name}.png", label_map)
             labels[name] = [CLASSES[i - 1] for i in np.unique(label_map) if i]
         (lists / f"{split}.txt").write_text("\n".join(names) + "\n")
