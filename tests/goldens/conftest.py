@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("more",)  # the folders of goldens whose method the project has
@@ -39,7 +38,11 @@ class Goldens:
         path = self.path(name)
         if path.suffix == ".npz":
             return np.load(path, allow_pickle=False)
-        return load_file(path) if path.suffix == ".safetensors" else path.read_text(encoding="utf-8")
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # here, as it takes a second to import
+
+            return load_file(path)
+        return path.read_text(encoding="utf-8")
 
     def uncompared(self) -> list[str]:
         """Names of the goldens that no test took."""
