@@ -130,6 +130,12 @@ def load_config(name: str | os.PathLike | None = None, overrides: Sequence[str] 
     return config
 
 
+def split_config(argv: Sequence[str], default: str) -> tuple[str, list[str]]:
+    """Takes config=NAME out of a script's arguments: (the config's name or path, the other arguments)."""
+    names = [item.removeprefix("config=") for item in argv if item.startswith("config=")]
+    return (names or [default])[-1], [item for item in argv if not item.startswith("config=")]
+
+
 def find_config(name: str | os.PathLike) -> Path:
     """The YAML that `name` means: an existing path, or a file of configs/. Raises UserError with the nearest name."""
     text = os.fspath(name)

@@ -1,0 +1,110 @@
+"""Weights (safetensors, what one shares) and state (what an interrupted run needs to go on exactly)."""
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.backbones.vit import check_keys
+from utils.errors import UserError
+
+STATE = "iter_{:06d}.state.pt"
+WEIGHTS = "iter_{:06d}.weights.safetensors"
+BEST = "best.weights.safetensors"
+
+
+def save_weights(path: str | os.PathLike, method: nn.Module, meta: dict) -> None:
+    """Writes the method's weights; `meta` (JSON values: method, classes, iteration, ...) goes into the header."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in method.state_dict().items()}
+    with _replacing(path) as part:
+        save_file(tensors, part, metadata={"meta": json.dumps(meta)})
+
+
+def read_meta(path: str | os.PathLike) -> dict:
+    """The `meta` of a weights file of ours, {} for other files. Raises UserError where there is no file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("meta", "{}"))
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def load_weights(path: str | os.PathLike, method: nn.Module) -> None:
+    """Loads a weights file of ours (.safetensors) or one released by a method's authors (.pth), strictly.
+
+    Raises UserError naming the file and the first missing, unexpected or misshaped key.
+    """
+    weights = read_tensors(path)
+    own = method.state_dict()
+    try:
+        if set(weights) & set(own):
+            check_keys(weights, {name: value.shape for name, value in own.items()}, "weights")
+        else:
+            weights = method.from_official(weights)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    method.load_state_dict(weights)
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file; no code of the file is run. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such weights file")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from None
+
+
+def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, best: float, meta: dict) -> None:
+    """Writes weights and state after `iteration` steps; earlier states go, their weights stay."""
+    save_weights(folder / WEIGHTS.format(iteration), method, {**meta, "iteration": iteration})
+    state = {"iteration": iteration, "best": best, "optimizer": optimizer.state_dict()}
+    with _replacing(folder / STATE.format(iteration)) as part:
+        torch.save(state, part)
+    for path in folder.glob("iter_*.state.pt"):
+        if path.name != STATE.format(iteration):
+            path.unlink()
+
+
+def load_state(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float] | None:
+    """Continues from the newest complete state in `folder`: (iterations done, best score), None where there is none."""
+    states = sorted(folder.glob("iter_*.state.pt"), key=lambda p: int(re.findall(r"\d+", p.name)[0]), reverse=True)
+    for path in states:
+        weights = path.with_name(path.name.replace(".state.pt", ".weights.safetensors"))
+        if weights.is_file():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            load_weights(weights, method)
+            optimizer.load_state_dict(state["optimizer"])
+            return state["iteration"], state["best"]
+    return None
+
+
+class _replacing:
+    """A temporary name beside `path` that becomes `path` at the end, so that no half-written file bears the name."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.part
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            os.replace(self.part, self.path)
+        else:
+            self.part.unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""Processes of one run: who this one is, and sums over all of them."""
+
+import os
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks(NamedTuple):
+    """rank of this process, number of processes, the device this one computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def setup() -> Ranks:
+    """Joins the process group torchrun describes (nccl on GPUs, gloo on CPU); alone where there is none."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    if os.environ.get("WSSS_DEVICE", default) == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return Ranks(rank, world, device)
+
+
+def cleanup() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the first process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place; exact for integers."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def global_ratio(numerator: Tensor, count: Tensor, eps: float) -> Tensor:
+    """`model.losses.ratio.local_ratio` over the samples of all processes.
+
+    The mean of the returned values over processes, which is what DDP makes of their gradients, is the sum of all
+    numerators over (the sum of all counts + eps).
+    """
+    total = all_reduce_sum(count.detach().to(numerator.dtype).clone())
+    return numerator * world_size() / (total + eps)

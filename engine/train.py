@@ -1,0 +1,202 @@
+"""The training loop; it knows a method by its contract alone (`model/__init__.py`)."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets import build_train_set, build_val_set, collate_train
+from engine import checkpoint
+from engine.distributed import Ranks, all_reduce_sum, barrier, global_ratio
+from engine.evaluate import validate
+from engine.optimizer import build_optimizer, set_lr
+from engine.pictures import training_picture
+from engine.sampler import GlobalBatches
+from model import build_method
+from utils.batch import Batch
+from utils.config import save_provenance
+from utils.errors import UserError
+from utils.log import MetricsWriter, setup_logger
+
+RANDOM = "random"
+
+
+class Trainer:
+    """A method, its optimizer and one step of training.
+
+    method: on its device. config: the whole config. iteration: steps done so far.
+    """
+
+    def __init__(self, method: nn.Module, config: DictConfig, ranks: Ranks) -> None:
+        self.method, self.config, self.ranks = method, config, ranks
+        self.optimizer = build_optimizer(method.param_groups(config.train.lr), config.train)
+        self.iteration = 0
+        self.parallel: nn.Module = method
+        if ranks.world > 1:
+            method.ratio = global_ratio
+            devices = [ranks.device] if ranks.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(method, device_ids=devices)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One iteration: losses, backward, AdamW. Returns the detached terms and their weighted sum `total`.
+
+        Every term takes part, with weight 0 before its stage: its parameters then get zero gradients, not none.
+        """
+        set_lr(self.optimizer, self.iteration, self.config.train)
+        bf16 = self.config.train.precision == "bf16"
+        with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=bf16):
+            terms = self.parallel(batch, self.iteration)
+        weights = self.method.loss_weights(self.iteration)
+        total = sum(weights[name] * term for name, term in terms.items())
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimizer.step()
+        self.iteration += 1
+        return {name: term.detach() for name, term in {**terms, "total": total}.items()}
+
+
+def train(config: DictConfig, ranks: Ranks) -> Path:
+    """Runs config to its end in the folder output/tag; returns that folder.
+
+    config.resume=auto continues from the newest state there. Raises UserError for a user's mistake.
+    """
+    if not config.tag:
+        raise UserError("tag is not set: give tag=NAME, the name of the run's folder")
+    if config.train.batch_size % ranks.world:
+        raise UserError(f"train.batch_size={config.train.batch_size} cannot be shared by {ranks.world} processes equally")
+    main = ranks.rank == 0
+    folder = Path(config.output) / config.tag
+    checkpoints = folder / "checkpoints"
+    if config.resume is None and any(checkpoints.glob("iter_*.state.pt")):
+        raise UserError(f"{folder} holds a run already: continue it with resume=auto, or give another tag")
+    log = setup_logger(folder / "train.log", main=main)
+
+    train_set, val_set = build_train_set(config), build_val_set(config)
+    torch.manual_seed(config.seed)
+    method = build_method(config, len(train_set.classes))
+    meta = {"method": config.method, "classes": list(train_set.classes), "config": config.tag}
+    trainer = Trainer(method.to(ranks.device), config, ranks)
+    resumed = checkpoint.load_state(checkpoints, method, trainer.optimizer) if config.resume == "auto" else None
+    trainer.iteration, best = resumed or (0, -math.inf)
+    if resumed is None:
+        _start_weights(method, config.model.weights)
+    if main:
+        save_provenance(config, folder)
+        writer = MetricsWriter(folder, start=trainer.iteration)
+    _describe(log, config, ranks, method, train_set, val_set, trainer.iteration)
+
+    loader = _loader(train_set, config, ranks, trainer.iteration)
+    period = _Period()
+    progress = tqdm(
+        loader, disable=not main, initial=trainer.iteration, total=config.train.iterations, desc="train", dynamic_ncols=True
+    )
+    for batch in progress:
+        batch = batch.to(ranks.device)
+        method.train()
+        period.add(trainer.step(batch))
+        done, last = trainer.iteration, trainer.iteration == config.train.iterations
+        if done % config.train.log_every == 0 or last:
+            means = period.means(ranks)
+            _stop_unless_finite(means, done, folder)
+            if main:
+                progress.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+                rate = {"lr": trainer.optimizer.param_groups[0]["lr"], "seconds_per_iteration": period.seconds}
+                writer.scalars(done - 1, {**means, **rate}, prefix="train/")
+                log.info(_line(done, config.train.iterations, means, period.seconds))
+            period = _Period()
+        if main and done % config.train.picture_every == 0:
+            writer.image(done - 1, "maps", training_picture(method, batch, train_set.classes))
+        if done % config.train.checkpoint_every == 0 or last:
+            if main:
+                checkpoint.save_state(checkpoints, done, method, trainer.optimizer, best, meta)
+            barrier()
+        if done % config.train.validate_every == 0 or last:
+            method.eval()
+            scores = validate(method, val_set, config, ranks)
+            if main:
+                writer.scalars(done - 1, scores, prefix="val/")
+                log.info("validation at %d: %s", done, "  ".join(f"{name} {100 * v:.2f}" for name, v in scores.items()))
+                if scores["seg"] > best:
+                    best = scores["seg"]
+                    checkpoint.save_weights(checkpoints / checkpoint.BEST, method, {**meta, "iteration": done, "val": scores})
+            barrier()
+            period.restart_clock()
+    if main:
+        writer.close()
+        log.info("done: %s", folder)
+    return folder
+
+
+def _start_weights(method: nn.Module, path: str | None) -> None:
+    if path is None:
+        raise UserError(
+            "model.weights is not set: give the file of the backbone's start weights (for ViT-B/16 the ImageNet weights "
+            f"jx_vit_base_p16_224-80ecf9dd.pth), or model.weights={RANDOM}"
+        )
+    if path != RANDOM:
+        try:
+            method.load_start_weights(checkpoint.read_tensors(path))
+        except UserError as error:
+            raise UserError(f"model.weights={path}: {error}") from None
+
+
+def _loader(train_set, config: DictConfig, ranks: Ranks, start: int) -> DataLoader:
+    batches = GlobalBatches(
+        len(train_set), config.train.batch_size, config.train.iterations, config.seed, ranks.rank, ranks.world, start
+    )
+    return DataLoader(
+        train_set, batch_sampler=batches, collate_fn=collate_train, num_workers=config.data.workers,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+class _Period:
+    """Sums of the terms since the last log line, kept on the device."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.paused, self.started = 0, 0.0, time.perf_counter()
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        self.sums = {name: self.sums.get(name, 0) + term for name, term in terms.items()}
+        self.steps += 1
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Mean of every term over the period's steps and over all processes."""
+        total = all_reduce_sum(torch.stack(list(self.sums.values())).double())
+        self.seconds = (time.perf_counter() - self.started) / self.steps
+        return dict(zip(self.sums, (total / (self.steps * ranks.world)).tolist()))
+
+    def restart_clock(self) -> None:
+        """Leaves a validation's time out of the seconds an iteration takes."""
+        self.started = time.perf_counter()
+
+
+def _stop_unless_finite(means: dict[str, float], done: int, folder: Path) -> None:
+    bad = [name for name, value in means.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(f"{folder}: loss term {bad[0]} is not finite at iteration {done}: the run stops, its checkpoints stay")
+
+
+def _line(done: int, iterations: int, means: dict[str, float], seconds: float) -> str:
+    left = int(seconds * (iterations - done))
+    eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+    return f"{done}/{iterations}  {terms}  {seconds:.3f} s/it  eta {eta}"
+
+
+def _describe(log, config: DictConfig, ranks: Ranks, method: nn.Module, train_set, val_set, start: int) -> None:
+    parameters = sum(p.numel() for p in method.parameters()) / 1e6
+    log.info("%s, %s, %.2f M parameters, start weights %s", config.method, config.model.backbone, parameters, config.model.weights)
+    log.info("%d training images (%s), %d validation images (%s), %d classes", len(train_set), config.data.train_split,
+             len(val_set), config.data.val_split, len(train_set.classes))
+    log.info("global batch %d = %d process(es) x %d on %s, lr %.3g, %s", config.train.batch_size, ranks.world,
+             config.train.batch_size // ranks.world, ranks.device, config.train.lr, config.train.precision)
+    if start:
+        log.info("resumed after iteration %d", start)

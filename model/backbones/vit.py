@@ -1,0 +1,123 @@
+"""A plain timm vision transformer with one class token per class (MoRe, section 3.1; after MCTformer)."""
+
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+class ViTFeatures(NamedTuple):
+    """class_tokens (B, K, D) and patches (B, D, h, w) after the final norm; aux (B, D, h, w) before it."""
+
+    class_tokens: Tensor
+    patches: Tensor
+    aux: Tensor
+
+
+class MultiClassTokenViT(nn.Module):
+    """Token order: `[R register tokens | K class tokens | N patch tokens]`.
+
+    name, args: a timm VisionTransformer and its keyword arguments.
+    num_classes: K, without background. registers: R.
+    aux_block: index of the block whose un-normalised output is the auxiliary map (-3 in MoRe).
+    Raises UserError where `name` is not a plain ViT with a class token and a position table.
+    """
+
+    def __init__(self, name: str, args: dict, num_classes: int, registers: int = 4, aux_block: int = -3) -> None:
+        super().__init__()
+        vit = _plain_vit(name, args)
+        depth = len(vit.blocks)
+        if not -depth <= aux_block < depth:
+            raise UserError(f"model.aux_block={aux_block}: {name} has {depth} blocks")
+        self.num_classes, self.registers, self.aux_block = num_classes, registers, aux_block % depth
+        self.embed_dim, self.grid_size = vit.embed_dim, tuple(vit.patch_embed.grid_size)
+        self.patch_size = tuple(vit.patch_embed.patch_size)
+        self.patch_embed, self.norm_pre, self.blocks, self.norm = vit.patch_embed, vit.norm_pre, vit.blocks, vit.norm
+        self.tokens = nn.Parameter(torch.zeros(1, registers + num_classes, self.embed_dim))
+        self.token_pos = nn.Parameter(torch.zeros(1, registers + num_classes, self.embed_dim))
+        self.patch_pos = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], self.embed_dim))
+        self.load_start_weights(vit.state_dict())
+
+    @torch.no_grad()
+    def load_start_weights(self, weights: dict[str, Tensor]) -> None:
+        """Starts from an image classifier's weights, under timm's names (classifier heads are left out).
+
+        The class token and its position are repeated to all tokens, then the registers are redrawn from a
+        truncated normal with std 1; patch positions are resized bicubically to this model's grid.
+        Raises UserError naming the first missing, unexpected or misshaped key.
+        """
+        weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "head_dist.", "pre_logits.", "fc_norm."))}
+        own = {k: v for k, v in self.state_dict().items() if k not in ("tokens", "token_pos", "patch_pos")}
+        expected = {k: v.shape for k, v in own.items()} | {"cls_token": (1, 1, self.embed_dim), "pos_embed": None}
+        check_keys(weights, expected, "start weights")
+        self.load_state_dict({k: weights[k] for k in own}, strict=False)
+        self.tokens.copy_(weights["cls_token"].expand_as(self.tokens))
+        if self.registers:
+            nn.init.trunc_normal_(self.tokens[:, : self.registers], std=1.0)
+        position = weights["pos_embed"].float()
+        self.token_pos.copy_(position[:, :1].expand_as(self.token_pos))
+        side = int((position.shape[1] - 1) ** 0.5)
+        patches = position[:, 1 : 1 + side * side].transpose(1, 2).unflatten(2, (side, side))
+        if (side, side) != self.grid_size:
+            patches = F.interpolate(patches, self.grid_size, mode="bicubic", align_corners=False)
+        self.patch_pos.copy_(patches.flatten(2).transpose(1, 2))
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """Position embeddings (1, R + K + h*w, D); the sampling follows the factors (h+0.1)/h0, (w+0.1)/w0 of DINO."""
+        h0, w0 = self.grid_size
+        patches = self.patch_pos
+        if (h, w) != (h0, w0):
+            table = patches.transpose(1, 2).unflatten(2, (h0, w0))
+            factors = ((h + 0.1) / h0, (w + 0.1) / w0)
+            table = F.interpolate(table, scale_factor=factors, mode="bicubic", align_corners=False)
+            patches = table.flatten(2).transpose(1, 2)
+        return torch.cat([self.token_pos, patches], dim=1)
+
+    def forward(self, images: Tensor) -> ViTFeatures:
+        """images (B, 3, H, W), normalised; what does not fill a whole patch on the right and below is cut off."""
+        x = self.patch_embed.proj(images)
+        h, w = x.shape[-2:]
+        x = self.patch_embed.norm(x.flatten(2).transpose(1, 2))
+        x = torch.cat([self.tokens.expand(len(x), -1, -1), x], dim=1) + self.positions(h, w)
+        x = self.norm_pre(x)
+        prefix = self.tokens.shape[1]
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index == self.aux_block:
+                aux = _as_map(x[:, prefix:], h, w)
+        x = self.norm(x)
+        return ViTFeatures(x[:, self.registers : prefix], _as_map(x[:, prefix:], h, w), aux)
+
+
+def check_keys(weights: dict[str, Tensor], expected: dict, what: str) -> None:
+    """Raises UserError naming the first key of `weights` that is missing, unexpected or of another shape.
+
+    expected: key -> shape, or None where any shape will do.
+    """
+    missing, extra = [k for k in expected if k not in weights], [k for k in weights if k not in expected]
+    if missing:
+        raise UserError(f"{what}: key {missing[0]!r} is missing ({len(missing)} missing in all)")
+    if extra:
+        raise UserError(f"{what}: key {extra[0]!r} is not expected ({len(extra)} unexpected in all)")
+    for key, shape in expected.items():
+        if shape is not None and tuple(weights[key].shape) != tuple(shape):
+            raise UserError(f"{what}: {key!r} has shape {tuple(weights[key].shape)}, expected {tuple(shape)}")
+
+
+def _plain_vit(name: str, args: dict) -> VisionTransformer:
+    try:
+        vit = timm.create_model(name, pretrained=False, num_classes=0, **args)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"model.backbone={name}, model.backbone_args={args}: {error}") from None
+    if not isinstance(vit, VisionTransformer) or vit.cls_token is None or vit.pos_embed is None or vit.reg_token is not None:
+        raise UserError(f"model.backbone={name}: not a plain ViT with one class token and a position table")
+    return vit
+
+
+def _as_map(tokens: Tensor, h: int, w: int) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, (h, w))

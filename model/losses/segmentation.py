@@ -1,0 +1,15 @@
+"""Cross entropy on pseudo labels, background and foreground weighed alike (L_seg in AFA, ToCo and MoRe)."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.losses.ratio import local_ratio
+from model.pseudo_labels import IGNORE
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, ratio=local_ratio) -> Tensor:
+    """logits (B, K+1, H, W), labels int64 (B, H, W) with 255 ignored -> scalar."""
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    background = labels == 0
+    foreground = (labels != IGNORE) & ~background
+    return 0.5 * sum(ratio((loss * part).sum(), part.sum(), eps=1e-6) for part in (background, foreground))

@@ -1,0 +1,58 @@
+"""The weight files the MoRe authors released: an explicit key map onto our network, strict."""
+
+from torch import Tensor, nn
+
+from model.backbones.vit import check_keys
+
+# official prefix -> ours; the encoder's tokens and positions are apart, below
+PREFIXES = {
+    "encoder.": "backbone.",
+    "decoder.": "decoder.",
+    "classifier.": "classifier.",
+    "aux_classifier.": "aux_classifier.",
+    "graph_layer.": "gcr.",
+}
+
+
+def unwrap(weights: dict) -> dict[str, Tensor]:
+    """The flat state dict of a released file: VOC is flat, COCO keeps it under `model_state_dict`; no `module.`."""
+    weights = weights.get("model_state_dict", weights)
+    return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
+def from_official(weights: dict, network: nn.Module) -> dict[str, Tensor]:
+    """Our state dict from a released one.
+
+    The released encoder's `head` and the GCR's `_fc1` are used by nothing: they must be there and are left out.
+    Raises UserError naming the first missing, unexpected or misshaped key.
+    """
+    weights = unwrap(weights)
+    own = network.state_dict()
+    check_keys(weights, official_shapes(own), "official MoRe weights")
+    tokens = own["backbone.tokens"].shape[1]
+    result = {_ours(key): value.float() for key, value in weights.items() if _ours(key) in own}
+    position = weights["encoder.pos_embed"].float()
+    result["backbone.tokens"] = weights["encoder.cls_token"].float()
+    result["backbone.token_pos"], result["backbone.patch_pos"] = position[:, :tokens], position[:, tokens:]
+    return result
+
+
+def official_shapes(own: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of the released file for a network with the state dict `own`."""
+    to_official = {ours: official for official, ours in PREFIXES.items()}
+    shapes = {}
+    for key, value in own.items():
+        if key not in ("backbone.tokens", "backbone.token_pos", "backbone.patch_pos"):
+            prefix = key.split(".")[0] + "."
+            shapes[to_official[prefix] + key.removeprefix(prefix)] = tuple(value.shape)
+    tokens, dim = own["backbone.tokens"].shape[1:]
+    shapes["encoder.cls_token"] = (1, tokens, dim)
+    shapes["encoder.pos_embed"] = (1, tokens + own["backbone.patch_pos"].shape[1], dim)
+    shapes["encoder.head.weight"], shapes["encoder.head.bias"] = (tokens, dim), (tokens,)
+    shapes["graph_layer._fc1.0.weight"], shapes["graph_layer._fc1.0.bias"] = (dim, dim), (dim,)
+    return shapes
+
+
+def _ours(key: str) -> str:
+    prefix = key.split(".")[0] + "."
+    return PREFIXES.get(prefix, prefix) + key.removeprefix(prefix)

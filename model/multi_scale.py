@@ -1,0 +1,68 @@
+"""Multi-scale and flip inference, shared by the methods."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Maps = tuple[Tensor, ...]
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners False; (B, C, H, W) -> (B, C, *size)."""
+    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def with_flip(images: Tensor, flip: bool) -> Tensor:
+    """(B, 3, H, W) -> (2B, 3, H, W), images then their mirrors; unchanged without `flip`."""
+    return torch.cat([images, images.flip(-1)]) if flip else images
+
+
+def merge_flip(maps: Tensor, flip: bool, merge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Undoes `with_flip`: (2B, C, H, W) -> (B, C, H, W), `merge` of the maps and the mirrored-back maps."""
+    if not flip:
+        return maps
+    straight, mirrored = maps.chunk(2)
+    return merge(straight, mirrored.flip(-1))
+
+
+def scaled(images: Tensor, scale: float) -> Tensor:
+    """images at (int(scale * H), int(scale * W))."""
+    return resize(images, (int(scale * images.shape[-2]), int(scale * images.shape[-1])))
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """Every map of (B, K, H, W) to [0, 1]: minus its minimum, over its range + 1e-5."""
+    maps = maps - maps.amin((-2, -1), keepdim=True)
+    return maps / (maps.amax((-2, -1), keepdim=True) + 1e-5)
+
+
+def localization_maps(
+    images: Tensor, coarse_maps: Callable[[Tensor], Maps], scales: Sequence[float], flip: bool, relu: bool
+) -> Maps:
+    """Maps (B, K, H, W) in [0, 1], summed over scales with the larger of image and flip at each.
+
+    coarse_maps: images -> one or several maps (B, K, h, w). Scale 1 is always there, first and once.
+    relu: drop what is negative at each scale (CAM); without it the raw maps are summed (LAM).
+    """
+    size = images.shape[-2:]
+    total: list[Tensor] = []
+    for scale in [1.0, *(s for s in scales if s != 1.0)]:
+        coarse = coarse_maps(with_flip(scaled(images, scale), flip))
+        maps = [merge_flip(resize(m.float(), size), flip, torch.maximum) for m in coarse]
+        maps = [m.relu() for m in maps] if relu else maps
+        total = [t + m for t, m in zip(total, maps)] if total else maps
+    return tuple(min_max(m) for m in total)
+
+
+def segmentation_logits(
+    images: Tensor, logits: Callable[[Tensor], Tensor], scales: Sequence[float], flip: bool, out_size: Sequence[int]
+) -> Tensor:
+    """Logits (B, K+1, *out_size): sum over image and flip, maximum over scales."""
+    fused = None
+    for scale in scales:
+        maps = resize(logits(with_flip(scaled(images, scale), flip)).float(), out_size)
+        maps = merge_flip(maps, flip, torch.add)
+        fused = maps if fused is None else torch.maximum(fused, maps)
+    return fused

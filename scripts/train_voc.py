@@ -1,0 +1,19 @@
+"""Trains on data in the VOC layout: train_voc.py tag=TAG [config=more_voc] [key=value ...], under torchrun."""
+
+import sys
+
+from engine.distributed import cleanup, setup
+from engine.launch import run_script
+from engine.train import train
+from utils.config import load_config, split_config
+
+
+def main(argv: list[str], default: str = "more_voc") -> None:
+    name, overrides = split_config(argv, default)
+    ranks = setup()
+    train(load_config(name, overrides), ranks)
+    cleanup()
+
+
+if __name__ == "__main__":
+    run_script(main)
