@@ -54,7 +54,7 @@ def _compile(library: Path) -> None:
             if not library.exists():  # nobody compiled it while we waited
                 _compile_in(work, library)
     except OSError as error:
-        raise UserError(f"bilateralfilter: cannot write to {library.parent} ({error.strerror}): make it writable") from error
+        raise UserError(f"bilateralfilter: cannot write to {library.parent} ({error.strerror})") from error
     except RuntimeError as error:
         log = library.with_suffix(".log")
         log.write_text(str(error), encoding="utf-8")

@@ -6,6 +6,7 @@ M. Tang et al.: On Regularized Losses for Weakly-supervised CNN Segmentation, EC
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bilateralfilter import bilateral_filter
 from model.pseudo_labels import IGNORE
@@ -60,6 +61,7 @@ class _Agreement(torch.autograd.Function):
         return (prob * agreement).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         (agreement,) = ctx.saved_tensors
         return 2 * grad * agreement, None, None, None, None
