@@ -24,7 +24,7 @@ def load_extension() -> None:
     """Makes torch.ops.bilateralfilter.filter be there.
 
     Takes the one that `pip install ./bilateralfilter` compiled from this very source, else the one compiled earlier in
-    this checkout (bilateralfilter/build/), else compiles it there: about a minute, by one process while others wait.
+    this checkout (bilateralfilter/build/), else compiles it there: 15 to 60 seconds, by one process while others wait.
     Raises UserError where there is no compiler, or the folder cannot be written, or the source does not compile.
     """
     source_hash = hashlib.sha1(SOURCE.read_bytes()).hexdigest()[:10]
@@ -64,8 +64,7 @@ def _compile(library: Path) -> None:
 def _compile_in(work: Path, library: Path) -> None:
     from torch.utils import cpp_extension  # slow to import
 
-    if int(os.environ.get("RANK", 0)) == 0:
-        print("compiling bilateralfilter, once (about a minute)", file=sys.stderr, flush=True)
+    print("compiling bilateralfilter, once (15 to 60 seconds)", file=sys.stderr, flush=True)
     (work / "lock").unlink(missing_ok=True)  # torch's own lock, left by a compilation that was killed
     with _on_path(Path(sys.executable).parent):  # ninja lives there when it came from pip
         cpp_extension.load(
