@@ -68,7 +68,9 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from None
 
 
-def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, best: float, meta: dict) -> None:
+def save_state(
+    folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, best: float, meta: dict
+) -> None:
     """Writes weights and state after `iteration` steps; earlier states go, their weights stay."""
     save_weights(folder / WEIGHTS.format(iteration), method, {**meta, "iteration": iteration})
     state = {"iteration": iteration, "best": best, "optimizer": optimizer.state_dict()}

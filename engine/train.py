@@ -69,7 +69,7 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
     if not config.tag:
         raise UserError("tag is not set: give tag=NAME, the name of the run's folder")
     if config.train.batch_size % ranks.world:
-        raise UserError(f"train.batch_size={config.train.batch_size} cannot be shared by {ranks.world} processes equally")
+        raise UserError(f"train.batch_size={config.train.batch_size} is no multiple of the {ranks.world} processes")
     main = ranks.rank == 0
     folder = Path(config.output) / config.tag
     checkpoints = folder / "checkpoints"
@@ -93,14 +93,13 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
 
     loader = _loader(train_set, config, ranks, trainer.iteration)
     period = _Period()
-    progress = tqdm(
-        loader, disable=not main, initial=trainer.iteration, total=config.train.iterations, desc="train", dynamic_ncols=True
-    )
+    length = config.train.iterations
+    progress = tqdm(loader, disable=not main, initial=trainer.iteration, total=length, desc="train", dynamic_ncols=True)
     for batch in progress:
         batch = batch.to(ranks.device)
         method.train()
         period.add(trainer.step(batch))
-        done, last = trainer.iteration, trainer.iteration == config.train.iterations
+        done, last = trainer.iteration, trainer.iteration == length
         if done % config.train.log_every == 0 or last:
             means = period.means(ranks)
             _stop_unless_finite(means, done, folder)
@@ -108,7 +107,7 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
                 progress.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
                 rate = {"lr": trainer.optimizer.param_groups[0]["lr"], "seconds_per_iteration": period.seconds}
                 writer.scalars(done - 1, {**means, **rate}, prefix="train/")
-                log.info(_line(done, config.train.iterations, means, period.seconds))
+                log.info(_line(done, length, means, period.seconds))
             period = _Period()
         if main and done % config.train.picture_every == 0:
             writer.image(done - 1, "maps", training_picture(method, batch, train_set.classes))
@@ -124,7 +123,8 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
                 log.info("validation at %d: %s", done, "  ".join(f"{name} {100 * v:.2f}" for name, v in scores.items()))
                 if scores["seg"] > best:
                     best = scores["seg"]
-                    checkpoint.save_weights(checkpoints / checkpoint.BEST, method, {**meta, "iteration": done, "val": scores})
+                    best_meta = {**meta, "iteration": done, "val": scores}
+                    checkpoint.save_weights(checkpoints / checkpoint.BEST, method, best_meta)
             barrier()
             period.restart_clock()
     if main:
@@ -136,8 +136,8 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
 def _start_weights(method: nn.Module, path: str | None) -> None:
     if path is None:
         raise UserError(
-            "model.weights is not set: give the file of the backbone's start weights (for ViT-B/16 the ImageNet weights "
-            f"jx_vit_base_p16_224-80ecf9dd.pth), or model.weights={RANDOM}"
+            "model.weights is not set: give the file of the backbone's start weights (for ViT-B/16 the ImageNet "
+            f"weights jx_vit_base_p16_224-80ecf9dd.pth), or model.weights={RANDOM}"
         )
     if path != RANDOM:
         try:
@@ -171,7 +171,7 @@ class _Period:
         """Mean of every term over the period's steps and over all processes."""
         total = all_reduce_sum(torch.stack(list(self.sums.values())).double())
         self.seconds = (time.perf_counter() - self.started) / self.steps
-        return dict(zip(self.sums, (total / (self.steps * ranks.world)).tolist()))
+        return dict(zip(self.sums, (total / (self.steps * ranks.world)).tolist(), strict=True))
 
     def restart_clock(self) -> None:
         """Leaves a validation's time out of the seconds an iteration takes."""
@@ -181,7 +181,7 @@ class _Period:
 def _stop_unless_finite(means: dict[str, float], done: int, folder: Path) -> None:
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     if bad:
-        raise UserError(f"{folder}: loss term {bad[0]} is not finite at iteration {done}: the run stops, its checkpoints stay")
+        raise UserError(f"{folder}: the loss term {bad[0]} is not finite at iteration {done}; the checkpoints stay")
 
 
 def _line(done: int, iterations: int, means: dict[str, float], seconds: float) -> str:
@@ -193,7 +193,8 @@ def _line(done: int, iterations: int, means: dict[str, float], seconds: float) -
 
 def _describe(log, config: DictConfig, ranks: Ranks, method: nn.Module, train_set, val_set, start: int) -> None:
     parameters = sum(p.numel() for p in method.parameters()) / 1e6
-    log.info("%s, %s, %.2f M parameters, start weights %s", config.method, config.model.backbone, parameters, config.model.weights)
+    model = config.model
+    log.info("%s, %s, %.2f M parameters, from %s", config.method, model.backbone, parameters, model.weights)
     log.info("%d training images (%s), %d validation images (%s), %d classes", len(train_set), config.data.train_split,
              len(val_set), config.data.val_split, len(train_set.classes))
     log.info("global batch %d = %d process(es) x %d on %s, lr %.3g, %s", config.train.batch_size, ranks.world,

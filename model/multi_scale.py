@@ -11,7 +11,9 @@ Maps = tuple[Tensor, ...]
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners False; (B, C, H, W) -> (B, C, *size)."""
-    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
 def with_flip(images: Tensor, flip: bool) -> Tensor:
@@ -52,7 +54,7 @@ def localization_maps(
         coarse = coarse_maps(with_flip(scaled(images, scale), flip))
         maps = [merge_flip(resize(m.float(), size), flip, torch.maximum) for m in coarse]
         maps = [m.relu() for m in maps] if relu else maps
-        total = [t + m for t, m in zip(total, maps)] if total else maps
+        total = [t + m for t, m in zip(total, maps, strict=True)] if total else maps
     return tuple(min_max(m) for m in total)
 
 

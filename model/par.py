@@ -18,7 +18,8 @@ def par_affinity(images: Tensor, dilations: Sequence[int]) -> Tensor:
     difference = (neighbours - images.unsqueeze(2)).abs()
     colour = difference / (neighbours.std(2, keepdim=True) + 1e-8) / COLOUR_WIDTH
     colour = -colour.square().mean(1)
-    distance = torch.tensor([d * (dy * dy + dx * dx) ** 0.5 for d in dilations for dy, dx in _RING], device=images.device)
+    steps = [d * (dy * dy + dx * dx) ** 0.5 for d in dilations for dy, dx in _RING]
+    distance = torch.tensor(steps, device=images.device)
     position = -(distance / (distance.std() + 1e-8) / COLOUR_WIDTH).square()
     return colour.softmax(1) + POSITION_WEIGHT * position.softmax(0)[:, None, None]
 

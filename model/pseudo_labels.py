@@ -31,7 +31,7 @@ def token_labels(maps: Tensor, labels: Tensor, grid: Sequence[int], high: float,
 
 def valid_tokens(valid: Tensor, grid: Sequence[int]) -> Tensor:
     """bool (B, *grid): patches without a padded pixel. valid: bool (B, H, W)."""
-    height, width = (size // count for size, count in zip(valid.shape[-2:], grid))
+    height, width = (size // count for size, count in zip(valid.shape[-2:], grid, strict=True))
     inside = valid[:, : height * grid[0], : width * grid[1]]
     return inside.unflatten(1, (grid[0], height)).unflatten(3, (grid[1], width)).all(4).all(2)
 

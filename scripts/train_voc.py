@@ -1,7 +1,5 @@
 """Trains on data in the VOC layout: train_voc.py tag=TAG [config=more_voc] [key=value ...], under torchrun."""
 
-import sys
-
 from engine.distributed import cleanup, setup
 from engine.launch import run_script
 from engine.train import train

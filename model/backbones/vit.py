@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
+HEADS = ("head.", "head_dist.", "pre_logits.", "fc_norm.")   # what only the image classifier uses
+
 
 class ViTFeatures(NamedTuple):
     """class_tokens (B, K, D) and patches (B, D, h, w) after the final norm; aux (B, D, h, w) before it."""
@@ -51,7 +53,7 @@ class MultiClassTokenViT(nn.Module):
         truncated normal with std 1; patch positions are resized bicubically to this model's grid.
         Raises UserError naming the first missing, unexpected or misshaped key.
         """
-        weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "head_dist.", "pre_logits.", "fc_norm."))}
+        weights = {k: v for k, v in weights.items() if not k.startswith(HEADS)}
         own = {k: v for k, v in self.state_dict().items() if k not in ("tokens", "token_pos", "patch_pos")}
         expected = {k: v.shape for k, v in own.items()} | {"cls_token": (1, 1, self.embed_dim), "pos_embed": None}
         check_keys(weights, expected, "start weights")
@@ -114,7 +116,8 @@ def _plain_vit(name: str, args: dict) -> VisionTransformer:
         vit = timm.create_model(name, pretrained=False, num_classes=0, **args)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"model.backbone={name}, model.backbone_args={args}: {error}") from None
-    if not isinstance(vit, VisionTransformer) or vit.cls_token is None or vit.pos_embed is None or vit.reg_token is not None:
+    plain = isinstance(vit, VisionTransformer) and vit.cls_token is not None and vit.pos_embed is not None
+    if not plain or vit.reg_token is not None:
         raise UserError(f"model.backbone={name}: not a plain ViT with one class token and a position table")
     return vit
 

@@ -1,4 +1,4 @@
-"""Patch token contrast (ToCo, CVPR 2023, section 3.2; L_ptc in MoRe): patches of one class look alike, others do not."""
+"""Patch token contrast (ToCo, CVPR 2023, section 3.2; L_ptc in MoRe): only patches of one class look alike."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from model.pseudo_labels import IGNORE
 
 
 def pair_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Token labels (B, N) -> (same, different), bool (B, N, N); pairs with an ignored token or itself are in neither."""
+    """Token labels (B, N) -> (same, different), bool (B, N, N); neither has pairs with an ignored token or itself."""
     known = labels != IGNORE
     pairs = known[:, :, None] & known[:, None, :]
     pairs &= ~torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device)

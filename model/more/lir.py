@@ -27,7 +27,12 @@ def token_loss(class_tokens: Tensor, temperature: float = 0.07) -> Tensor:
 
 
 def certain_loss(
-    class_tokens: Tensor, patches: Tensor, token_labels: Tensor, labels: Tensor, temperature: float, valid: Tensor | None = None
+    class_tokens: Tensor,
+    patches: Tensor,
+    token_labels: Tensor,
+    labels: Tensor,
+    temperature: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Pulls each present class token to the tokens its map is certain of (MoRe, L_cre). Gradient: class tokens only.
 
@@ -52,7 +57,8 @@ def uncertain_loss(
     Gradient: patches only. class_tokens (B, K, D); patches (B, D, h, w); labels (B, K);
     weights (B, h, w): how often each token was sampled (`sample_uncertain`). Without a sample the loss is 0.
     """
-    similarity = (F.normalize(class_tokens.detach(), dim=-1) @ F.normalize(patches.flatten(2), dim=1)).abs()   # (B, K, N)
+    tokens = F.normalize(class_tokens.detach(), dim=-1)
+    similarity = (tokens @ F.normalize(patches.flatten(2), dim=1)).abs()     # (B, K, N)
     present = labels.unsqueeze(-1)
     attract = 1 - (similarity * present).sum(1) / (present.sum(1) + 1)
     repel = (similarity * (1 - present)).sum(1) / ((1 - present).sum(1) + 1)
@@ -60,7 +66,21 @@ def uncertain_loss(
     return ratio(((0.5 * attract + 0.5 * repel) * weights.flatten(1)).sum(), total.clamp(min=1e-12), eps=0)
 
 
-def sample_uncertain(token_labels: Tensor, order: Tensor, count: int = 8, valid: Tensor | None = None) -> Tensor:
+def hashed_order(seeds: Tensor, count: int) -> Tensor:
+    """A random order (B, count) that depends on each sample's seed alone: int64 hashes of (seed, position)."""
+    x = seeds[:, None] * 0x9E3779B1 + torch.arange(count, device=seeds.device) * 0x85EBCA77
+    for _ in range(3):
+        x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF
+    return x
+
+
+def sample_uncertain(
+    token_labels: Tensor,
+    order: Callable[[Tensor, int], Tensor],
+    seeds: Tensor,
+    count: int = 8,
+    valid: Tensor | None = None,
+) -> Tensor:
     """How often each token is used by the uncertain loss, float (B, h, w).
 
     A position of the inner (h-6, w-6) area is a candidate when the middle of its 6x6 window is uncertain (255)
@@ -68,7 +88,8 @@ def sample_uncertain(token_labels: Tensor, order: Tensor, count: int = 8, valid:
     all, and (count - n) // 4 foreground tokens of the inner area (any, where those are too few). The token used
     lies 3 up and 3 left of the tested position, as released.
 
-    token_labels (B, h, w); order (B, (h-6)*(w-6)), the smaller the earlier; valid: bool (B, h, w) or None.
+    token_labels (B, h, w); order: (seeds (B,), n) -> (B, n), of n inner tokens the smaller the earlier;
+    valid: bool (B, h, w) or None.
     Grids of 6 or fewer tokens a side have no inner area and give zeros.
     """
     batch, h, w = token_labels.shape
@@ -83,6 +104,7 @@ def sample_uncertain(token_labels: Tensor, order: Tensor, count: int = 8, valid:
     usable = (valid[tested] & valid[inner]).flatten(1)
     candidate = ((code[tested] == 1) & (window_sum >= MIN_WINDOW_SUM)).flatten(1) & usable
     foreground = (code[tested] == 2).flatten(1) & usable
+    order = order(seeds, usable.shape[1])
     found = candidate.sum(1, keepdim=True)
     chosen = _first(candidate, order, torch.full_like(found, count))
     more = ((count - found) // 4).clamp(min=0)
@@ -90,14 +112,6 @@ def sample_uncertain(token_labels: Tensor, order: Tensor, count: int = 8, valid:
     extra = _first(torch.where(enough, foreground, usable), order, more)
     weights[inner] = (chosen.float() + extra.float()).unflatten(1, (h - WINDOW, w - WINDOW))
     return weights
-
-
-def hashed_order(seeds: Tensor, count: int) -> Tensor:
-    """A random order (B, count) that depends on each sample's seed alone: int64 hashes of (seed, position)."""
-    x = seeds[:, None] * 0x9E3779B1 + torch.arange(count, device=seeds.device) * 0x85EBCA77
-    for _ in range(3):
-        x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF
-    return x
 
 
 def _first(mask: Tensor, order: Tensor, count: Tensor) -> Tensor:

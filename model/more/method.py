@@ -46,16 +46,18 @@ class MoRe(nn.Module):
             out = type(out)(*(x.float() for x in out))
             pseudo = self.pseudo_labels(cam, cam_aux, batch, out.patches.shape[-2:], iteration)
             seg_logits = resize(out.seg_logits, batch.images.shape[-2:])
-            order = self.token_order(batch.seeds, max(out.patches.shape[-2] - 6, 0) * max(out.patches.shape[-1] - 6, 0))
             c = self.loss_config
-            samples = sample_uncertain(pseudo["uncertain"], order, c.uncertain_tokens, pseudo["valid"])
+            samples = sample_uncertain(
+                pseudo["uncertain"], self.token_order, batch.seeds, c.uncertain_tokens, pseudo["valid"]
+            )
             return {
                 "cls": F.multilabel_soft_margin_loss(out.class_logits, batch.labels),
                 "cls_aux": F.multilabel_soft_margin_loss(out.aux_logits, batch.labels),
                 "token": token_loss(out.class_tokens, c.token_temperature),
                 "ptc": ptc_loss(out.patches, pseudo["ptc"], self.ratio),
                 "certain": certain_loss(
-                    out.class_tokens, out.patches, pseudo["certain"], batch.labels, c.certain_temperature, pseudo["valid"]
+                    out.class_tokens, out.patches, pseudo["certain"], batch.labels, c.certain_temperature,
+                    pseudo["valid"],
                 ),
                 "uncertain": uncertain_loss(out.class_tokens, out.patches, samples, batch.labels, self.ratio),
                 "seg": segmentation_loss(seg_logits, pseudo["pixel"], self.ratio),
@@ -66,7 +68,9 @@ class MoRe(nn.Module):
             }
 
     @torch.no_grad()
-    def pseudo_labels(self, cam: Tensor, cam_aux: Tensor, batch: Batch, grid: Sequence[int], iteration: int) -> dict[str, Tensor]:
+    def pseudo_labels(
+        self, cam: Tensor, cam_aux: Tensor, batch: Batch, grid: Sequence[int], iteration: int
+    ) -> dict[str, Tensor]:
         """What the terms learn from: `ptc`, `certain`, `uncertain` (B, h, w), `pixel` (B, H, W), `valid` (B, h, w).
 
         cam, cam_aux: (B, K, H, W) in [0, 1]. Labels are int64, 255 where unsure and on padding.
@@ -91,7 +95,7 @@ class MoRe(nn.Module):
         return {term: weight if iteration > c.start_after[term] else 0.0 for term, weight in c.weights.items()}
 
     def param_groups(self, lr: float) -> list[dict]:
-        """Encoder, encoder norms, classifiers, GCR, decoder; everything but the encoder learns `head_lr_factor` faster."""
+        """Encoder, encoder norms, classifiers, GCR, decoder; the last three learn `head_lr_factor` times faster."""
         net, head_lr = self.network, lr * self.head_lr_factor
         encoder = dict(net.backbone.named_parameters())
         norms = [p for name, p in encoder.items() if "norm" in name]

@@ -30,7 +30,7 @@ def from_official(weights: dict, network: nn.Module) -> dict[str, Tensor]:
     own = network.state_dict()
     check_keys(weights, official_shapes(own), "official MoRe weights")
     tokens = own["backbone.tokens"].shape[1]
-    result = {_ours(key): value.float() for key, value in weights.items() if _ours(key) in own}
+    result = {our_name(key): value.float() for key, value in weights.items() if our_name(key) in own}
     position = weights["encoder.pos_embed"].float()
     result["backbone.tokens"] = weights["encoder.cls_token"].float()
     result["backbone.token_pos"], result["backbone.patch_pos"] = position[:, :tokens], position[:, tokens:]
@@ -53,6 +53,7 @@ def official_shapes(own: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _ours(key: str) -> str:
+def our_name(key: str) -> str:
+    """Our name of a released key that has one of its own."""
     prefix = key.split(".")[0] + "."
     return PREFIXES.get(prefix, prefix) + key.removeprefix(prefix)

@@ -1,0 +1,142 @@
+"""The released training loop, followed term by term by the real trainer's step.
+
+Once with attention as the released code writes it out, once with torch's fused attention, the default.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.distributed import Ranks
+from engine.train import Trainer
+from model.more import official
+from tests.goldens.network import golden_method
+from utils.batch import Batch
+
+TERMS = {
+    "cls_loss": "cls", "cls_loss_aux": "cls_aux", "attri_loss": "token", "ptc_loss": "ptc", "cle_loss": "certain",
+    "une_loss": "uncertain", "seg_loss": "seg", "reg_loss": "energy", "loss": "total",
+}
+PSEUDO = {"mask_cle": "certain", "mask_une": "uncertain", "mask_ptc": "ptc", "refined_label": "pixel"}
+GROUPS = ("encoder", "norms", "classifiers", "gcr", "decoder")
+
+
+def trace_config(config, arrays):
+    """The settings of the trace, from its arrays."""
+    config.loss.start_after.seg = config.loss.start_after.energy = int(arrays["warm_stage_last_iter"])
+    config.pseudo_labels.main_cam_after = int(arrays["aux_mask_last_iter"])
+    config.pseudo_labels.cam_scales = [float(s) for s in arrays["cam_scales"]]
+    train = config.train
+    train.warmup_iterations, train.iterations = int(arrays["optim_warmup"]), int(arrays["max_iters"])
+    train.lr, train.weight_decay = float(arrays["base_lr"]), float(arrays["weight_decay"])
+
+
+def in_order(seeds, count):
+    """The trace replaced the random permutation by 0, 1, 2, ..."""
+    return torch.arange(count).expand(len(seeds), -1)
+
+
+def official_values(values, network):
+    """Our tensors by the released parameter names; values: our name -> tensor or None."""
+    names = official.official_shapes(network.state_dict())
+    result = {name: values.get(official.our_name(name)) for name in names}
+    result["encoder.cls_token"] = values["backbone.tokens"]
+    result["encoder.pos_embed"] = torch.cat([values["backbone.token_pos"], values["backbone.patch_pos"]], 1)
+    return result
+
+
+@pytest.fixture(scope="module", params=["written out", "fused"])
+def trace(golden, request):
+    """Arrays of the reference, and the same things of ours, made by Trainer.step."""
+    arrays = golden("more/train_trace.npz")
+    method, config = golden_method(golden, arrays)
+    for block in method.network.backbone.blocks:
+        block.attn.fused_attn = request.param == "fused"
+    trace_config(config, arrays)
+    method.train()
+    method.token_order = in_order
+    trainer = Trainer(method, config, Ranks(0, 1, torch.device("cpu")))
+    start = {name: value.clone() for name, value in method.network.named_parameters()}
+    ours = {name: [] for name in ("terms", "lr", "cls_logits", "grad_norm", *PSEUDO)}
+
+    def keep(module, inputs, outputs):
+        if module.training and torch.is_grad_enabled():
+            ours["cls_logits"].append(outputs.class_logits.detach())
+
+    method.network.register_forward_hook(keep)
+    make_pseudo_labels = method.pseudo_labels
+
+    def pseudo_labels(*args):
+        labels = make_pseudo_labels(*args)
+        for theirs, name in PSEUDO.items():
+            ours[theirs].append(labels[name])
+        return labels
+
+    method.pseudo_labels = pseudo_labels
+    names = [str(name) for name in arrays["param_names"]]
+    for images_u8, labels in zip(arrays["images_u8"], arrays["cls_label"], strict=True):
+        images = (images_u8.astype(np.float64) - arrays["mean"]) / arrays["std"]
+        images = torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous()
+        valid = torch.ones(len(images), *images.shape[-2:], dtype=torch.bool)
+        seeds = torch.zeros(len(images), dtype=torch.int64)
+        terms = trainer.step(Batch([""] * len(images), images, torch.from_numpy(labels), valid, seeds))
+        ours["terms"].append({name: float(value) for name, value in terms.items()})
+        rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+        ours["lr"].append([rates[name] for name in GROUPS])
+        grads = official_values({n: p.grad for n, p in method.network.named_parameters()}, method.network)
+        ours["grad_norm"].append([float("nan") if grads[n] is None else float(grads[n].norm()) for n in names])
+    final = official_values(dict(method.network.named_parameters()), method.network)
+    return arrays, ours, official_values(start, method.network), final, request.param == "fused"
+
+
+def test_loss_terms(trace):
+    arrays, ours, *_ = trace
+    for column, name in enumerate(arrays["term_names"]):
+        mine = [terms[TERMS[str(name)]] for terms in ours["terms"]]
+        np.testing.assert_allclose(mine, arrays["loss_terms"][:, column], rtol=1e-3, atol=1e-3, err_msg=str(name))
+
+
+def test_learning_rates(trace):
+    arrays, ours, *_ = trace
+    np.testing.assert_allclose(ours["lr"], arrays["lr"], rtol=1e-6)
+
+
+def test_class_logits(trace):
+    arrays, ours, *_ = trace
+    mine = torch.stack(ours["cls_logits"]).numpy()
+    np.testing.assert_allclose(mine, arrays["cls_logits"], rtol=1e-3, atol=1e-3)
+    predicted, given = mine[:, 0] > 0, arrays["cls_label"][:, 0] > 0
+    f1 = 2 * (predicted & given).sum(1) / np.maximum(predicted.sum(1) + given.sum(1), 1)
+    np.testing.assert_allclose(f1, arrays["cls_f1"], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PSEUDO)
+def test_pseudo_labels(trace, name):
+    arrays, ours, *_ = trace
+    assert (torch.stack(ours[name]).numpy() != arrays[name]).mean() <= 1e-3
+
+
+def test_gradient_norms(trace):
+    arrays, ours, *_ = trace
+    np.testing.assert_allclose(ours["grad_norm"], arrays["grad_norm"], rtol=1e-2, atol=1e-4, equal_nan=True)
+
+
+def test_final_parameters(trace):
+    """The released file's unused parameters are none of ours; that they never move is checked on the arrays.
+
+    Softmax does not see the keys' bias: its gradient is 0 but for round-off, which AdamW turns into steps of its own.
+    Fused attention rounds otherwise, so that there the size of the qkv bias's update says nothing.
+    """
+    arrays, _, start, final, fused = trace
+    for row, name in enumerate(str(n) for n in arrays["param_names"]):
+        if final[name] is None:
+            assert arrays["update_norm"][row] == 0, name
+            continue
+        mine = final[name].detach().flatten()
+        update = float((final[name] - start[name]).detach().norm())
+        np.testing.assert_allclose(float(mine.norm()), arrays["final_norm"][row], rtol=1e-4, err_msg=name)
+        if not (fused and name.endswith("qkv.bias")):
+            np.testing.assert_allclose(update, arrays["update_norm"][row], rtol=1e-2, err_msg=name)
+        index = [i * len(mine) // 64 for i in range(64)] if len(mine) >= 64 else list(range(len(mine)))
+        theirs = arrays["final_slice"][row][: len(index)]
+        np.testing.assert_allclose(mine[index].numpy(), theirs, rtol=0, atol=5e-4, err_msg=name)
