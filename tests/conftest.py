@@ -26,11 +26,22 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def tiny_voc(tmp_path: Path) -> Path:
+    """Root of a small tree in VOC layout (`_make_tiny_voc`), anew for every test."""
+    return _make_tiny_voc(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def make_tiny_voc():
+    """`_make_tiny_voc`, for fixtures that live longer than one test."""
+    return _make_tiny_voc
+
+
+def _make_tiny_voc(folder: Path) -> Path:
     """Root of 12 generated images of about 64 px in VOC layout: train_aug and train 8, val 4, labels.json.
 
     One or two rectangles an image, each class of TINY_CLASSES with its own colour, on noise.
     """
-    root = tmp_path / "tiny_voc"
+    root = folder / "tiny_voc"
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)

@@ -1,0 +1,106 @@
+"""Multi-scale maps, PAR, thresholds and refined labels against slow, obvious loops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.multi_scale import localization_maps, min_max, segmentation_logits
+from model.par import par_affinity, par_refine
+from model.pseudo_labels import refined_labels, threshold, valid_tokens
+
+
+def resized(x, size):
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def coarse(images):
+    """A stand-in network: two classes' maps on a grid of 4 pixels, not symmetric under mirroring."""
+    pooled = F.avg_pool2d(images, 4)
+    ramp = torch.linspace(-1, 1, pooled.shape[-1])
+    return torch.stack([pooled[:, 0] * ramp, pooled[:, 1] - 0.1], 1)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("flip", [True, False])
+def test_localization_maps(relu, flip):
+    images = torch.randn(2, 3, 24, 32)
+    total = torch.zeros(2, 2, 24, 32)
+    for scale in (0.5, 1.0, 1.5):
+        scaled = resized(images, (int(24 * scale), int(32 * scale)))
+        maps = resized(coarse(scaled), (24, 32))
+        if flip:
+            maps = torch.maximum(maps, resized(coarse(scaled.flip(-1)), (24, 32)).flip(-1))
+        total += maps.relu() if relu else maps
+    expected = (total - total.amin((2, 3), True)) / (total.amax((2, 3), True) - total.amin((2, 3), True) + 1e-5)
+    for scales in ([0.5, 1.5], [1.5, 1.0, 0.5]):   # scale 1 is always there, once
+        (ours,) = localization_maps(images, lambda x: (coarse(x),), scales, flip, relu)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_segmentation_logits():
+    images = torch.randn(1, 3, 24, 32)
+    fused = []
+    for scale in (1.0, 1.25):
+        scaled = resized(images, (int(24 * scale), int(32 * scale)))
+        fused.append(resized(coarse(scaled), (20, 30)) + resized(coarse(scaled.flip(-1)), (20, 30)).flip(-1))
+    ours = segmentation_logits(images, coarse, (1.0, 1.25), True, (20, 30))
+    torch.testing.assert_close(ours, torch.maximum(*fused))
+
+
+def test_min_max_of_a_constant_map():
+    assert not min_max(torch.full((1, 1, 4, 4), 7.0)).any()
+
+
+def test_par_by_pixels():
+    image, maps, dilations = torch.rand(1, 3, 7, 6), torch.rand(1, 2, 7, 6), (1, 2)
+    ring = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+    shifts = [(d * dy, d * dx) for d in dilations for dy, dx in ring]
+    distance = torch.tensor([(dy * dy + dx * dx) ** 0.5 for dy, dx in shifts])
+    place = (-(distance / distance.std() / 0.3) ** 2).softmax(0)
+
+    def around(x, y, column):
+        """Values (C, n) of the neighbours, the edge repeated."""
+        return torch.stack([x[:, min(max(y + dy, 0), 6), min(max(column + dx, 0), 5)] for dy, dx in shifts], 1)
+
+    expected = maps[0].clone()
+    for _ in range(3):
+        new = torch.empty_like(expected)
+        for y in range(7):
+            for x in range(6):
+                near = around(image[0], y, x)
+                colour = (near - image[0, :, y, x, None]).abs() / (near.std(1, keepdim=True) + 1e-8) / 0.3
+                weight = (-(colour**2).mean(0)).softmax(0) + 0.01 * place
+                new[:, y, x] = (around(expected, y, x) * weight).sum(1)
+        expected = new
+    ours = par_refine(maps, par_affinity(image, dilations), dilations, 3)
+    torch.testing.assert_close(ours[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_threshold_by_pixels():
+    maps, labels = torch.rand(2, 3, 5, 5), torch.tensor([[1.0, 0, 1], [0, 0, 0]])
+    maps[0, :, 0, 0], maps[0, :, 0, 1] = 0.5, 0.25   # exactly on the thresholds
+    ours = threshold(maps, labels, high=0.5, low=0.25)
+    for b in range(2):
+        for y in range(5):
+            for x in range(5):
+                value, label = max((float(maps[b, k, y, x] * labels[b, k]), -k) for k in range(3))
+                expected = 0 if value <= 0.25 else 255 if value <= 0.5 else 1 - label
+                assert ours[b, y, x] == expected
+
+
+def test_refined_labels_image_by_image():
+    """Batching with other images, with other classes, changes nothing; absent classes never win."""
+    images, maps = torch.rand(3, 3, 32, 40), torch.rand(3, 4, 32, 40)
+    labels = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    together = refined_labels(maps, labels, images, 0.7, 0.25, (1, 2), 3)
+    for b in range(3):
+        alone = refined_labels(maps[b : b + 1], labels[b : b + 1], images[b : b + 1], 0.7, 0.25, (1, 2), 3)
+        assert torch.equal(together[b : b + 1], alone)
+        allowed = {0, 255} | {k + 1 for k in range(4) if labels[b, k]}
+        assert set(together[b].unique().tolist()) <= allowed
+
+
+def test_valid_tokens():
+    valid = torch.ones(1, 32, 48, dtype=torch.bool)
+    valid[:, 31:], valid[:, :, 17] = False, False
+    assert valid_tokens(valid, (2, 3)).tolist() == [[[True, False, True], [False, False, False]]]

@@ -1,0 +1,201 @@
+"""The losses of MoRe against slow, obvious loops; padding; odd cases."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.losses.affinity import ptc_loss
+from model.losses.segmentation import segmentation_loss
+from model.more.gcr import GraphCategoryRepresentation
+from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
+
+B, K, D, H, W = 3, 5, 8, 9, 11
+
+
+@pytest.fixture
+def random():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(B, K, D, generator=generator)
+    patches = torch.randn(B, D, H, W, generator=generator) * 3
+    mask = torch.randint(0, K + 2, (B, H, W), generator=generator)
+    mask[mask == K + 1] = 255
+    labels = (torch.rand(B, K, generator=generator) < 0.6).float()
+    return tokens, patches, mask, labels
+
+
+def in_order(seeds, count):
+    return torch.arange(count).expand(len(seeds), -1)
+
+
+def test_ptc_by_pairs(random):
+    _, patches, mask, _ = random
+    positive, negative, same, different = 0.0, 0.0, 0, 0
+    for image, label in zip(patches.flatten(2), mask.flatten(1), strict=True):
+        for i in range(H * W):
+            for j in range(H * W):
+                if i != j and 255 not in (label[i], label[j]):
+                    value = F.cosine_similarity(image[:, i], image[:, j], dim=0).abs().item()
+                    if label[i] == label[j]:
+                        positive, same = positive + value, same + 1
+                    else:
+                        negative, different = negative + value, different + 1
+        break   # one image is slow enough
+    expected = 0.5 * (1 - positive / (same + 1)) + 0.5 * negative / (different + 1)
+    assert ptc_loss(patches[:1], mask[:1]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_segmentation_by_pixels():
+    logits = torch.randn(2, 4, 5, 6)
+    labels = torch.randint(0, 4, (2, 5, 6))
+    labels[0, :2] = 255
+    parts = {True: [], False: []}
+    for b in range(2):
+        for y in range(5):
+            for x in range(6):
+                label = int(labels[b, y, x])
+                if label != 255:
+                    parts[label == 0].append(-F.log_softmax(logits[b, :, y, x], 0)[label].item())
+    expected = sum(sum(p) / (len(p) + 1e-6) for p in parts.values()) / 2
+    assert segmentation_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.1])
+def test_certain_by_tokens(random, temperature):
+    tokens, patches, mask, labels = (x.double() if x.is_floating_point() else x for x in random)
+    expected = 0.0
+    for b in range(B):
+        for k in range(K):
+            where = (mask[b] == k + 1).nonzero().tolist()
+            if labels[b, k]:
+                logit = (F.normalize(tokens[b, k], dim=0) @ patches[b].flatten(1) / temperature).view(H, W)
+                total = sum(-math.log(logit[y, x].exp() / (logit.exp().sum() + 1e-4)) for y, x in where)
+                expected += total / (len(where) + 1e-4) / B
+    assert certain_loss(tokens, patches, mask, labels, temperature).item() == pytest.approx(expected, rel=1e-7)
+
+
+def test_certain_stays_finite(random):
+    tokens, patches, mask, labels = random
+    for factor in (1e3, -1e3, 0.0):
+        leaf = tokens.clone().requires_grad_()
+        loss = certain_loss(leaf, patches * factor, mask, labels, 0.1)
+        loss.backward()
+        assert loss.isfinite() and leaf.grad.isfinite().all()
+
+
+def selected_slowly(mask, priority, count, valid):
+    """The sampling rule, token by token; returns the list of tokens used in one image."""
+    code = {255: 1, 0: 0}
+    rows, columns = mask.shape
+    cell = [[code.get(int(mask[y, x]), 2) if valid[y, x] else 0 for x in range(columns)] for y in range(rows)]
+    inner = [(y, x) for y in range(rows - 6) for x in range(columns - 6)]
+    rank = {place: int(priority[i]) for i, place in enumerate(inner)}
+    usable = [(y, x) for y, x in inner if valid[y, x] and valid[y + 3, x + 3]]
+    window = {(y, x): sum(cell[y + i][x + j] for i in range(6) for j in range(6)) for y, x in inner}
+    found = [p for p in usable if cell[p[0] + 3][p[1] + 3] == 1 and window[p] >= 43.2]
+    found.sort(key=rank.get)
+    if len(found) > count:
+        return found[:count]
+    more = (count - len(found)) // 4
+    pool = [p for p in usable if cell[p[0] + 3][p[1] + 3] == 2]
+    pool = pool if len(pool) >= more else usable
+    return found + sorted(pool, key=rank.get)[:more]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sampling_by_tokens(share, padded):
+    generator = torch.Generator().manual_seed(int(10 * share))
+    mask = torch.randint(1, 4, (4, 13, 15), generator=generator)
+    mask[torch.rand(mask.shape, generator=generator) < share] = 255
+    mask[torch.rand(mask.shape, generator=generator) < 0.05] = 0
+    valid = torch.ones_like(mask, dtype=torch.bool)
+    if padded:
+        valid[:, :, 11:] = False
+    seeds = torch.tensor([5, 6, 7, 8])
+    weights = sample_uncertain(mask, hashed_order, seeds, 8, valid)
+    for b in range(4):
+        expected = torch.zeros(13, 15)
+        for y, x in selected_slowly(mask[b], hashed_order(seeds, 7 * 9)[b], 8, valid[b]):
+            expected[y, x] += 1
+        assert torch.equal(weights[b], expected)
+        assert not weights[b][~valid[b]].any()
+
+
+@pytest.mark.parametrize("size", [(6, 6), (1, 1), (6, 20), (20, 5)])
+def test_small_grids_have_no_uncertain_loss(size):
+    mask = torch.full((2, *size), 255)
+    weights = sample_uncertain(mask, hashed_order, torch.tensor([1, 2]))
+    patches = torch.randn(2, D, *size, requires_grad=True)
+    loss = uncertain_loss(torch.randn(2, K, D), patches, weights, torch.ones(2, K))
+    loss.backward()
+    assert loss.item() == 0 and not patches.grad.any()
+
+
+def test_uncertain_by_tokens(random):
+    tokens, patches, _, labels = random
+    weights = torch.zeros(B, H, W)
+    weights[0, 2, 3], weights[1, 0, 0] = 1, 2
+    values = []
+    for b, y, x in [(0, 2, 3), (1, 0, 0), (1, 0, 0)]:
+        s = [F.cosine_similarity(tokens[b, k], patches[b, :, y, x], dim=0).abs().item() for k in range(K)]
+        yes = [v for v, label in zip(s, labels[b], strict=True) if label]
+        no = [v for v, label in zip(s, labels[b], strict=True) if not label]
+        values.append(0.5 * (1 - sum(yes) / (len(yes) + 1)) + 0.5 * sum(no) / (len(no) + 1))
+    assert uncertain_loss(tokens, patches, weights, labels).item() == pytest.approx(sum(values) / 3, rel=1e-5)
+
+
+def test_hashed_order_depends_on_the_seed_alone():
+    first = hashed_order(torch.tensor([3, 4]), 50)
+    assert torch.equal(first[1], hashed_order(torch.tensor([4]), 50)[0])
+    assert not torch.equal(first[0], first[1])
+    places = hashed_order(torch.arange(2000), 10).argmin(1)   # every place comes first about equally often
+    assert (torch.bincount(places, minlength=10) - 200).abs().max() < 60
+
+
+def test_padding_changes_no_loss(random):
+    """Whatever stands on padded tokens: the same values, and no gradient there."""
+    tokens, patches, mask, labels = random
+    valid = torch.ones(B, H, W, dtype=torch.bool)
+    valid[..., 8:] = False
+    mask = mask.masked_fill(~valid, 255)
+    results = []
+    for filler in (0.0, 50.0):
+        leaf = patches.masked_fill(~valid.unsqueeze(1), filler).requires_grad_()
+        weights = sample_uncertain(mask, in_order, torch.zeros(B), 8, valid)
+        losses = [
+            ptc_loss(leaf, mask), certain_loss(tokens, leaf, mask, labels, 0.5, valid),
+            uncertain_loss(tokens, leaf, weights, labels),
+        ]
+        (losses[0] + losses[2]).backward()
+        assert not leaf.grad[..., 8:].any()
+        results.append([loss.item() for loss in losses])
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_a_batch_without_labels(random):
+    tokens, patches, mask, _ = random
+    none = torch.zeros(B, K)
+    assert certain_loss(tokens, patches, mask, none, 0.5).item() == 0
+    weights = sample_uncertain(mask, in_order, torch.zeros(B))
+    assert uncertain_loss(tokens, patches, weights, none).isfinite()
+
+
+def test_gcr_by_classes():
+    layer = GraphCategoryRepresentation(D)
+    c, patches = torch.randn(1, 4, D), torch.randn(1, 6, D)
+    head = layer.head_proj(c)[0]
+    tail = layer.tail_proj(torch.cat([c, patches], 1))[0]
+    out = []
+    for k in range(4):
+        score = tail @ head[k] / D**0.5
+        value, index = score.topk(2)
+        n, p = tail[index], value.softmax(0)[:, None]
+        gate = torch.tanh(head[k] + (1 - p) * head[k] + p * n)
+        a = (n.sum(1) * gate.sum(1)).softmax(0)[:, None]
+        m = (a * n).sum(0)
+        plus = F.leaky_relu(layer.linear1((head[k] + m) * 0.1 + c[0, k]))
+        times = F.leaky_relu(layer.linear2(head[k] * m * 0.1 + c[0, k]))
+        out.append(layer.norm(plus + times))
+    torch.testing.assert_close(layer(c, patches)[0], torch.stack(out))

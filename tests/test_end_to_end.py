@@ -1,0 +1,104 @@
+"""Train and evaluate through the launchers, as a user does."""
+
+import json
+import math
+import signal
+import subprocess
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import tiny
+from utils.log import read_metrics
+
+TERMS = ("cls", "cls_aux", "token", "ptc", "certain", "uncertain", "seg", "energy", "total")
+
+
+def terms(run):
+    """[iteration][term] of a run's training lines."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "train/total" in line]
+    return [{name: line[f"train/{name}"] for name in TERMS} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, make_tiny_voc):
+    return make_tiny_voc(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(root, tmp_path_factory):
+    """One finished run."""
+    output = tmp_path_factory.mktemp("runs")
+    done = tiny.train(root, output)
+    assert done.returncode == 0, done.stderr
+    return output / "tiny"
+
+
+def test_a_run_leaves_what_it_should(run):
+    for name in ("config.yaml", "train.log", "metrics.jsonl", "tensorboard", "checkpoints/best.weights.safetensors"):
+        assert (run / name).exists(), name
+    assert [p.name for p in (run / "checkpoints").glob("*.state.pt")] == ["iter_000006.state.pt"]
+    losses = terms(run)
+    assert len(losses) == tiny.ITERATIONS
+    assert all(math.isfinite(value) for line in losses for value in line.values())
+    log = (run / "train.log").read_text()
+    assert "eta" in log and "validation at 6" in log and "8 training images" in log
+
+
+def evaluate(run, count, *overrides):
+    done = tiny.bash("run_evaluate_voc.sh", "cpu", count, tiny.last_weights(run), *overrides)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((run / "results.json").read_text())
+
+
+def test_evaluation_on_one_and_on_two_processes(run):
+    out, rows = evaluate(run, 1)
+    assert {row["map"] for row in rows} == {"cam", "lam", "seg"}
+    assert "mIoU" in out and "val" in out and "4 images" in out
+    _, more = evaluate(run, 2)
+    assert len(more) == 6
+    for one, two in zip(more[:3], more[3:], strict=True):
+        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"}
+
+
+def test_two_processes_follow_one(root, run, tmp_path):
+    """The same global batches: 20 steps on two gloo processes stay within 1e-5 of one process."""
+    steps = ["train.iterations=20", "train.validate_every=20", "train.lr=1e-4"]
+    for count in (1, 2):
+        done = tiny.train(root, tmp_path, *steps, tag=f"on_{count}", count=count)
+        assert done.returncode == 0, done.stderr
+    one, two = terms(tmp_path / "on_1"), terms(tmp_path / "on_2")
+    assert len(one) == len(two) == 20
+    for alone, shared in zip(one, two, strict=True):
+        assert shared == pytest.approx(alone, rel=1e-5, abs=1e-7)
+
+
+def test_an_interrupted_run_goes_on_to_the_last_bit(root, run, tmp_path):
+    settings = [f"data.root={root}", f"output={tmp_path}", *tiny.SETTINGS, "resume=auto", "train.checkpoint_every=2"]
+    command = ["bash", "run_train.sh", "scripts/train_voc.py", "cpu", "1", "auto", "tiny", *settings]
+    process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list((tmp_path / "tiny" / "checkpoints").glob("*.state.pt")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not tiny.last_weights(tmp_path / "tiny").exists(), "the run was over before it was interrupted"
+    done = tiny.train(root, tmp_path, "resume=auto", "train.checkpoint_every=2")
+    assert done.returncode == 0, done.stderr
+    assert "resumed after iteration" in done.stdout
+    assert terms(tmp_path / "tiny") == terms(run)
+    ours, theirs = load_file(tiny.last_weights(tmp_path / "tiny")), load_file(tiny.last_weights(run))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_a_second_run_of_the_same_tag_needs_resume(root, run):
+    done = tiny.train(root, run.parent)
+    assert done.returncode == 2
+    assert "resume=auto" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_from_another_folder(root, run, tmp_path):
+    done = tiny.train(root, "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert terms(tmp_path / "here" / "tiny") == terms(run)

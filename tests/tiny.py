@@ -1,0 +1,34 @@
+"""A run small enough for a test: settings, and the launchers as a user calls them."""
+
+import subprocess
+from pathlib import Path
+
+from engine.checkpoint import WEIGHTS
+
+ROOT = Path(__file__).resolve().parents[1]
+ITERATIONS = 6
+SETTINGS = [
+    "model.weights=random", "model.backbone=vit_tiny_patch16_224", "model.decoder_channels=16",
+    "model.backbone_args={embed_dim: 32, depth: 3, num_heads: 2, img_size: 64, patch_size: 8}",
+    "data.crop_size=64", "data.workers=0", "train.batch_size=4", f"train.iterations={ITERATIONS}",
+    "train.warmup_iterations=2", "train.lr=1e-3", "train.log_every=1", "train.checkpoint_every=3",
+    f"train.validate_every={ITERATIONS}", f"train.picture_every={ITERATIONS}", "pseudo_labels.main_cam_after=3",
+    "loss.start_after.seg=1", "loss.start_after.energy=1", "evaluate.base_size=64", "evaluate.seg_scales=[1.0]",
+]
+
+
+def bash(script: str, *arguments: object, cwd: Path = ROOT, timeout: int = 180) -> subprocess.CompletedProcess:
+    """Runs a launcher of the project; its output is text."""
+    command = ["bash", str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def train(root: Path, output: Path, *overrides: str, tag: str = "tiny", count: int = 1, cwd: Path = ROOT):
+    """run_train.sh on the VOC tree `root`, on `count` CPU processes."""
+    settings = [f"data.root={root}", f"output={output}", *SETTINGS, *overrides]
+    return bash("run_train.sh", "scripts/train_voc.py", "cpu", count, "auto", tag, *settings, cwd=cwd)
+
+
+def last_weights(run: Path, iteration: int = ITERATIONS) -> Path:
+    """The weights a run wrote after `iteration` steps."""
+    return run / "checkpoints" / WEIGHTS.format(iteration)
