@@ -63,9 +63,13 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable weights file ({reason})") from None
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: holds a {type(weights).__name__}, no weights by name")
+    return weights
 
 
 def save_state(
