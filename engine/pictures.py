@@ -1,0 +1,81 @@
+"""Pictures for people: panels side by side, each with its caption."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from utils.batch import Batch
+from utils.images import denormalize, heatmap, overlay
+
+SMALLEST = 192   # panels of smaller images are enlarged
+STRIP = 24       # height of the captions, pixels
+GAP = 4          # between panels
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """Normalised (3, H, W) -> RGB uint8 (H, W, 3); gives back the file's values exactly."""
+    return denormalize(image).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """(caption, uint8 (H, W, 3)) panels of one size -> one picture, uint8."""
+    factor = max(1, round(SMALLEST / min(panels[0][1].shape[:2])))
+    drawn = [_with_caption(caption, np.kron(panel, np.ones((factor, factor, 1), np.uint8))) for caption, panel in panels]
+    gap = np.full((len(drawn[0]), GAP, 3), 255, np.uint8)
+    return np.concatenate([part for panel in drawn for part in (panel, gap)][:-1], axis=1)
+
+
+def evaluation_picture(
+    image: np.ndarray, truth: np.ndarray | None, maps: dict[str, np.ndarray], labels: dict[str, np.ndarray]
+) -> np.ndarray:
+    """Input, mask (where given), heat maps (H, W) in [0, 1] by caption, label maps (H, W) by caption, side by side."""
+    panels = [("input", image)]
+    if truth is not None:
+        panels.append(("mask", overlay(image, truth)))
+    panels += [(caption, heatmap(values, image)) for caption, values in maps.items()]
+    panels += [(caption, overlay(image, label_map)) for caption, label_map in labels.items()]
+    return side_by_side(panels)
+
+
+@torch.no_grad()
+def training_picture(method: nn.Module, batch: Batch, classes: Sequence[str], count: int = 2) -> np.ndarray:
+    """The first `count` images of a batch below each other: input, CAM and LAM of the labelled classes, segmentation.
+
+    Single scale, no flip; the method is left in the mode it was in. Returns uint8 (H, W, 3).
+    """
+    training = method.training
+    method.eval()
+    images, labels = batch.images[:count], batch.labels[:count]
+    maps = {kind: method.localize(images, kind, [1.0], False) * labels[:, :, None, None] for kind in ("cam", "lam")}
+    segmentation = method.segment(images, [1.0], False).argmax(1)
+    method.train(training)
+    rows = []
+    for i, image in enumerate(images):
+        heat = {kind.upper(): values[i].amax(0).cpu().numpy() for kind, values in maps.items()}
+        seg = segmentation[i].byte().cpu().numpy()
+        row = evaluation_picture(to_uint8(image), None, heat, {"segmentation": seg})
+        present = ", ".join(name for name, label in zip(classes, labels[i].tolist(), strict=True) if label)
+        rows.append(np.concatenate([row, _strip(present or "no label", row.shape[1])]))
+    return np.concatenate(rows)
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Writes uint8 (H, W, 3); makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+
+
+def _with_caption(caption: str, panel: np.ndarray) -> np.ndarray:
+    return np.concatenate([_strip(caption, panel.shape[1]), panel])
+
+
+def _strip(text: str, width: int) -> np.ndarray:
+    """A white strip (STRIP, width, 3) with black text."""
+    strip = np.full((STRIP, width, 3), 255, np.uint8)
+    cv2.putText(strip, text, (4, STRIP - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    return strip
