@@ -21,6 +21,9 @@ from utils.batch import Batch
 from utils.images import denormalize
 
 
+FROM_PSEUDO_LABELS = ("ptc", "certain", "uncertain", "seg", "energy")
+
+
 class MoRe(nn.Module):
     """The method behind the engine's contract: losses, their weights, parameter groups, localize, segment."""
 
@@ -39,12 +42,16 @@ class MoRe(nn.Module):
         return self.losses(batch, iteration)
 
     def losses(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        """The terms of the training objective (MoRe, section 3.4), unweighted fp32 scalars; iteration counts from 0."""
-        cam, cam_aux = self._training_cams(batch.images)
+        """The terms of the training objective (MoRe, section 3.4), unweighted fp32 scalars; iteration counts from 0.
+
+        While no term that learns from pseudo labels has a weight, no CAM is made and those labels are all ignored.
+        """
+        weights = self.loss_weights(iteration)
+        cams = self._training_cams(batch.images) if any(weights[term] for term in FROM_PSEUDO_LABELS) else None
         out = self.network(batch.images)
         with torch.autocast(batch.images.device.type, enabled=False):
             out = type(out)(*(x.float() for x in out))
-            pseudo = self.pseudo_labels(cam, cam_aux, batch, out.patches.shape[-2:], iteration)
+            pseudo = self.pseudo_labels(cams, batch, out.patches.shape[-2:], iteration)
             seg_logits = resize(out.seg_logits, batch.images.shape[-2:])
             c = self.loss_config
             samples = sample_uncertain(
@@ -69,15 +76,19 @@ class MoRe(nn.Module):
 
     @torch.no_grad()
     def pseudo_labels(
-        self, cam: Tensor, cam_aux: Tensor, batch: Batch, grid: Sequence[int], iteration: int
+        self, cams: tuple[Tensor, Tensor] | None, batch: Batch, grid: Sequence[int], iteration: int
     ) -> dict[str, Tensor]:
         """What the terms learn from: `ptc`, `certain`, `uncertain` (B, h, w), `pixel` (B, H, W), `valid` (B, h, w).
 
-        cam, cam_aux: (B, K, H, W) in [0, 1]. Labels are int64, 255 where unsure and on padding.
+        cams: CAM and auxiliary CAM, (B, K, H, W) in [0, 1]; None: all labels are 255.
+        Labels are int64, 255 where unsure and on padding.
         """
-        c = self.labels_config
-        stage, source = ("main", cam) if iteration > c.main_cam_after else ("aux", cam_aux)
         inside = valid_tokens(batch.valid, grid)
+        if cams is None:
+            none = {name: torch.full_like(inside, IGNORE, dtype=torch.int64) for name in ("ptc", "certain", "uncertain")}
+            return {**none, "pixel": torch.full_like(batch.valid, IGNORE, dtype=torch.int64), "valid": inside}
+        c, (cam, cam_aux) = self.labels_config, cams
+        stage, source = ("main", cam) if iteration > c.main_cam_after else ("aux", cam_aux)
         # the released code truncates the denormalised image before it goes through PAR
         image = denormalize(batch.images).clamp(0, 255).floor() / 255
         pixel = refined_labels(cam, batch.labels, image, c.high, c.low, c.par_dilations, c.par_iterations)
