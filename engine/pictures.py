@@ -25,7 +25,7 @@ def to_uint8(image: Tensor) -> np.ndarray:
 def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     """(caption, uint8 (H, W, 3)) panels of one size -> one picture, uint8."""
     factor = max(1, round(SMALLEST / min(panels[0][1].shape[:2])))
-    drawn = [_with_caption(caption, np.kron(panel, np.ones((factor, factor, 1), np.uint8))) for caption, panel in panels]
+    drawn = [_with_caption(caption, panel.repeat(factor, 0).repeat(factor, 1)) for caption, panel in panels]
     gap = np.full((len(drawn[0]), GAP, 3), 255, np.uint8)
     return np.concatenate([part for panel in drawn for part in (panel, gap)][:-1], axis=1)
 

@@ -1,0 +1,193 @@
+"""Maps and label maps of one image, by a plan that says how.
+
+A method is known by `localize`, `segment` and `classify` alone. Sources of the settings: configs/default.yaml.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from engine.pictures import to_uint8
+from model.multi_scale import min_max, resize
+from utils.crf import dense_crf
+from utils.errors import UserError
+
+KINDS = ("cam", "lam", "seg")
+VALIDATION_LAM_BKG = 0.5   # [code]
+Row = tuple[str, bool]     # the kind of a map, with or without CRF
+
+
+class MapPlan(NamedTuple):
+    """How one kind of map is made: scales, flip, background threshold (the segmentation has none)."""
+
+    scales: tuple[float, ...]
+    flip: bool
+    bkg: float = 0.0
+
+
+class Plan(NamedTuple):
+    """What is made of an image, and how.
+
+    kinds: of the maps wanted, out of `cam`, `lam`, `seg`, `fused`. maps: how each is made; `seg` is always there.
+    base_size: side of the square the image becomes; None: native size.
+    predicted: None for given image labels, else where they come from (`classifier`, `segmentation`).
+    min_pixels: a class of the segmentation counts from this many pixels.
+    crf: settings of `dense_crf`, None for none; with them every label map is made without and with CRF.
+    """
+
+    kinds: tuple[str, ...]
+    maps: dict[str, MapPlan]
+    base_size: int | None
+    predicted: str | None = None
+    min_pixels: int = 1
+    crf: dict | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """The label maps that come of it."""
+        return [(kind, crf) for kind in self.kinds for crf in ((False, True) if self.crf else (False,))]
+
+
+class Prediction(NamedTuple):
+    """What became of one image.
+
+    maps: by kind (K, H, W) in [0, 1], for `seg` the logits (K+1, H, W). present: bool (K,), the classes whose maps
+    count. labels: the ids uint8 (H, W) of each row.
+    """
+
+    maps: dict[str, Tensor]
+    present: Tensor
+    labels: dict[Row, np.ndarray]
+
+
+def evaluation_plan(config: DictConfig) -> Plan:
+    """The plan of the tools: sections `evaluate` and `crf`. Raises UserError for maps that do not exist."""
+    c = config.evaluate
+    if not c.maps or not set(c.maps) <= set(KINDS):
+        raise UserError(f"evaluate.maps = {list(c.maps)}: expected one or more of {', '.join(KINDS)}")
+    maps = {
+        "cam": MapPlan(_with_scale_1(c.multi_scales if c.multi_scale else c.cam_scales), c.flip, c.bkg),
+        "lam": MapPlan(_with_scale_1(c.multi_scales if c.multi_scale else c.lam_scales), c.flip, c.bkg),
+        "seg": MapPlan(tuple(c.seg_scales), c.flip),
+    }
+    predicted = c.predict_from if c.image_labels == "predicted" else None
+    crf = OmegaConf.to_container(config.crf) if c.crf else None
+    return Plan(tuple(dict.fromkeys(c.maps)), maps, c.base_size, predicted, c.min_pixels, crf)
+
+
+def validation_plan(config: DictConfig) -> Plan:
+    """The plan of the validation in training, as released: squares, given labels, no CRF, CAM at its training scales.
+
+    `fused` is the product of CAM and LAM, brought to [0, 1] per map again, at the CAM's threshold.
+    Without evaluate.base_size the squares have the side of the crops.
+    """
+    cam = MapPlan(_with_scale_1(config.pseudo_labels.cam_scales), True, config.evaluate.bkg)
+    maps = {"cam": cam, "lam": MapPlan((1.0,), False, VALIDATION_LAM_BKG), "fused": cam, "seg": MapPlan((1.0,), False)}
+    return Plan(tuple(maps), maps, config.evaluate.base_size or config.data.crop_size)
+
+
+@torch.no_grad()
+def predict(method: nn.Module, image: Tensor, labels: Tensor | None, plan: Plan, name: str = "image") -> Prediction:
+    """Maps and label maps of one image (3, H, W), normalised, on the method's device.
+
+    The image is resized to plan.base_size, the maps back to (H, W), both bilinearly; labels are decided at (H, W).
+    labels: its image-level labels (K,), not read where the plan predicts them.
+    Raises UserError, naming the image, where a map is not finite.
+    """
+    size = image.shape[-2:]
+    images = _square(image, plan.base_size, 1.0)
+    maps: dict[str, Tensor] = {}
+    if "seg" in plan.kinds or plan.predicted == "segmentation":
+        maps["seg"] = _segment(method, image, plan)
+    needed = [kind for kind in ("cam", "lam") if kind in plan.kinds or "fused" in plan.kinds]
+    coarse = {kind: method.localize(images, kind, plan.maps[kind].scales, plan.maps[kind].flip) for kind in needed}
+    if "fused" in plan.kinds:
+        coarse["fused"] = min_max(coarse["cam"] * coarse["lam"])
+    maps.update({kind: resize(values, size)[0] for kind, values in coarse.items()})
+    for kind, values in maps.items():
+        if not values.isfinite().all():
+            raise UserError(f"{name}: the values of map '{kind}' are not finite; are the weights sound?")
+    present = _present_classes(method, images, labels, maps.get("seg"), plan)
+    return Prediction(maps, present, {row: _label_map(row, maps, present, plan, image) for row in plan.rows})
+
+
+def threshold(maps: Tensor, present: Tensor, bkg: float) -> Tensor:
+    """Ids (H, W) of maps (K, H, W): the largest present one's, 0 where its value is <= bkg or none is present."""
+    ids = _ids(present)
+    if len(ids) == 1:
+        return torch.zeros(maps.shape[-2:], dtype=torch.long, device=maps.device)
+    value, index = maps[present].max(0)
+    return torch.where(value <= bkg, 0, ids[1:][index])
+
+
+def crf_labels(scores: Tensor, ids: Tensor, image: np.ndarray, settings: dict) -> np.ndarray:
+    """Ids uint8 (H, W) after the dense CRF over scores (C, H, W) of the ids (C,). image: uint8 (H, W, 3)."""
+    refined = dense_crf(image, scores.float().cpu().numpy(), **settings)
+    return ids.cpu().numpy().astype(np.uint8)[refined.argmax(0)]
+
+
+def _square(image: Tensor, base_size: int | None, scale: float) -> Tensor:
+    """(3, H, W) -> (1, 3, S, S) with S = int(scale * base_size); (1, 3, H, W) where there is no base size."""
+    return image[None] if base_size is None else resize(image[None], (int(scale * base_size),) * 2)
+
+
+def _segment(method: nn.Module, image: Tensor, plan: Plan) -> Tensor:
+    """Logits (K+1, H, W). As released, each scale's square is made from the image, not from the square of scale 1."""
+    scales, flip, _ = plan.maps["seg"]
+    if plan.base_size is None:
+        return method.segment(image[None], scales, flip)[0]
+    squares = (_square(image, plan.base_size, scale) for scale in scales)
+    logits = [method.segment(square, (1.0,), flip, image.shape[-2:])[0] for square in squares]
+    return torch.stack(logits).amax(0)
+
+
+def _present_classes(
+    method: nn.Module, images: Tensor, labels: Tensor | None, logits: Tensor | None, plan: Plan
+) -> Tensor:
+    """bool (K,): the given labels; or classes of logit > 0; or those with min_pixels of the segmentation."""
+    if plan.predicted == "classifier":
+        return method.classify(images)[0] > 0
+    if plan.predicted == "segmentation":
+        return torch.bincount(logits.argmax(0).flatten(), minlength=len(logits))[1:] >= plan.min_pixels
+    if labels is None:
+        raise ValueError("the plan takes given image labels, but there are none")
+    return labels > 0
+
+
+def _label_map(row: Row, maps: dict[str, Tensor], present: Tensor, plan: Plan, image: Tensor) -> np.ndarray:
+    kind, with_crf = row
+    values = maps[kind]
+    if with_crf:
+        scores, ids = _seg_scores(values) if kind == "seg" else _present_scores(values, present)
+        return crf_labels(scores, ids, to_uint8(image), plan.crf)
+    labels = values.argmax(0) if kind == "seg" else threshold(values, present, plan.maps[kind].bkg)
+    return labels.byte().cpu().numpy()
+
+
+def _seg_scores(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What the CRF starts from: the softmax of all classes (K+1, H, W), and their ids."""
+    return logits.softmax(0), torch.arange(len(logits))
+
+
+def _present_scores(maps: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """What the CRF starts from: background = 1 - the largest present map, then these maps; and their ids.
+
+    As released, the scores do not sum to 1.
+    """
+    chosen = maps[present]
+    largest = chosen.amax(0, keepdim=True) if len(chosen) else torch.zeros_like(maps[:1])
+    return torch.cat([1 - largest, chosen]), _ids(present)
+
+
+def _ids(present: Tensor) -> Tensor:
+    """Background and the ids of the present classes."""
+    return torch.cat([present.new_zeros(1, dtype=torch.long), present.nonzero().flatten() + 1])
+
+
+def _with_scale_1(scales: Sequence[float]) -> tuple[float, ...]:
+    """The scales CAM and LAM are summed over: 1 is always one of them."""
+    return tuple(scales) if 1.0 in scales else (1.0, *scales)

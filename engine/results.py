@@ -1,0 +1,83 @@
+"""What an evaluation tells: rows of results.json, tables, and lines that say what each number is of."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.metrics import Scores
+
+NAMES = {"cam": "CAM", "lam": "LAM", "seg": "segmentation", "fused": "CAM x LAM"}
+
+
+def score_entries(scores: Scores, names: Sequence[str]) -> dict:
+    """The scores of a row, shares in 0..1; what is not finite is None (the IoU of a class in neither map)."""
+    return {
+        "miou": _finite(scores.miou),
+        "pixel_accuracy": _finite(scores.pixel_accuracy),
+        "iou": {name: _finite(value) for name, value in zip(names, scores.iou, strict=True)},
+    }
+
+
+def title(row: dict, details: Sequence[str] = ()) -> str:
+    """What the scores of a row are of: map, data, split, images, scales, flip, CRF, image labels, then `details`."""
+    scales, labels, count = row["scales"], row["image_labels"], row["images"]
+    parts = [
+        f"{NAMES[row['map']]}: {row['dataset']} {row['split']}",
+        f"{count} image{'s' if count != 1 else ''}",
+        f"{'multi' if len(scales) > 1 else 'single'} scale ({' '.join(f'{scale:g}' for scale in scales)})",
+        "flip" if row["flip"] else "no flip",
+        "CRF" if row["crf"] else "no CRF",
+        f"image labels {labels}" if labels else "no image labels used",
+    ]
+    return ", ".join([*parts, *details])
+
+
+def summary_line(scores: Scores, heading: str) -> str:
+    """mIoU and pixel accuracy in percent, and what they are of."""
+    miou, accuracy, present = 100 * scores.miou, 100 * scores.pixel_accuracy, int(scores.present.sum())
+    return f"mIoU {miou:6.2f} over {present} classes present, pixel accuracy {accuracy:6.2f} | {heading}"
+
+
+def table(scores: Scores, names: Sequence[str], heading: str) -> str:
+    """IoU, precision and recall of every class in percent, FP/TP as a ratio; '-' where there is nothing to count."""
+    width = max(len(name) for name in ("class", *names))
+    lines = [heading, f"{'class':<{width}}  {'IoU':>7}  {'precision':>9}  {'recall':>7}  {'FP/TP':>9}"]
+    for name, iou, precision, recall, confusion in zip(
+        names, scores.iou, scores.precision, scores.recall, scores.confusion, strict=True
+    ):
+        shares = f"{_cell(100 * iou):>7}  {_cell(100 * precision):>9}  {_cell(100 * recall):>7}"
+        lines.append(f"{name:<{width}}  {shares}  {_cell(confusion):>9}")
+    return "\n".join([*lines, summary_line(scores, heading)])
+
+
+def append_results(path: Path, rows: list[dict]) -> None:
+    """Appends rows to the list in a results.json, replacing the file as a whole.
+
+    A file that cannot be read as a list is kept under another name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = []
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            earlier = None
+        if not isinstance(earlier, list):
+            aside = path.with_name(f"{path.name}.unreadable-{time.time_ns()}")
+            path.rename(aside)
+            print(f"{path} cannot be read as a list of results: kept as {aside.name}", flush=True)
+            earlier = []
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps([*earlier, *rows], indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _cell(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"

@@ -1,0 +1,43 @@
+"""Scores CAM, LAM and segmentation of a checkpoint: infer_voc.py checkpoint=PATH [config=NAME] [key=value ...].
+
+Started by run_evaluate_voc.sh under torchrun. The config is the one named, else the config.yaml of the
+checkpoint's run, else more_voc; key=value goes on top.
+"""
+
+from datasets import build_val_set
+from engine.checkpoint import load_weights
+from engine.distributed import cleanup, setup
+from engine.evaluate import check_classes, evaluate, run_folder
+from engine.launch import run_script
+from model import build_method
+from utils.config import load_config, split_config
+from utils.errors import UserError
+
+
+def main(argv: list[str], default: str = "more_voc", settings: tuple[str, ...] = ()) -> None:
+    """default: the config where the checkpoint's run has none. settings: key=value pairs that argv may override."""
+    weights, rest = split_checkpoint(argv)
+    own = run_folder(weights) / "config.yaml"
+    name, overrides = split_config(rest, str(own) if own.is_file() else default)
+    config = load_config(name, [*settings, *overrides])
+    ranks = setup()
+    dataset = build_val_set(config)
+    check_classes(weights, len(dataset.classes))
+    method = build_method(config, len(dataset.classes))
+    load_weights(weights, method)
+    if ranks.rank == 0:
+        print(f"checkpoint {weights}, config {name}", flush=True)
+    evaluate(method.to(ranks.device), dataset, config, ranks, weights, run_folder(weights) / "results.json")
+    cleanup()
+
+
+def split_checkpoint(argv: list[str]) -> tuple[str, list[str]]:
+    """Takes checkpoint=PATH out of the arguments. Raises UserError where it is not there."""
+    paths = [item.removeprefix("checkpoint=") for item in argv if item.startswith("checkpoint=")]
+    if not paths or not paths[-1]:
+        raise UserError("no checkpoint given: add checkpoint=PATH, a weights file of a run or an official one")
+    return paths[-1], [item for item in argv if not item.startswith("checkpoint=")]
+
+
+if __name__ == "__main__":
+    run_script(main)
