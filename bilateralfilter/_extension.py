@@ -68,7 +68,11 @@ def _compile_in(work: Path, library: Path) -> None:
     (work / "lock").unlink(missing_ok=True)  # torch's own lock, left by a compilation that was killed
     with _on_path(Path(sys.executable).parent):  # ninja lives there when it came from pip
         cpp_extension.load(
-            "filter", [str(SOURCE)], extra_cflags=FLAGS, extra_ldflags=["-fopenmp"], build_directory=str(work),
+            "filter",
+            [str(SOURCE)],
+            extra_cflags=FLAGS,
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(work),
             is_python_module=False,
         )
     os.replace(work / "filter.so", library)  # all at once: whoever sees the file sees all of it

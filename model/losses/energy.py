@@ -28,8 +28,10 @@ def energy_loss(
 
     logits: (B, K+1, H, W). images: (B, 3, H, W), normalised. label: (B, H, W), 255 = unlabelled.
     sigma_rgb in grey levels, sigma_xy in pixels of (H, W). valid: bool (B, H, W), False = padding, which takes no part:
-    it adds nothing to the sums of others and its gradient is 0; None: all is image. batch_size: what the sum over
-    images is divided by; None: B. Returns an fp32 scalar <= 0, whatever autocast says.
+    it adds nothing to the sums of others and its gradient is 0; None: all is image. (Its colours still make lattice
+    vertices, which pass on some blur of the image: padding of one colour changed the gradient by at most 0.5 % on six
+    COCO images.) batch_size: what the sum over images is divided by; None: B. Returns an fp32 scalar <= 0, whatever
+    autocast says.
     Raises ValueError for sizes that do not fit, or logits or images that are not finite.
     """
     size = logits.shape[-2:]

@@ -59,9 +59,9 @@ def slow_filter(image: torch.Tensor, values: torch.Tensor, sigma_rgb: float, sig
     for axis in range(6):
         step = [5 if i == axis else -1 for i in range(6)]
         lattice = {
-            vertex: value + 0.5 * sum(
-                lattice.get(tuple(v + sign * s for v, s in zip(vertex, step, strict=True)), 0.0) for sign in (-1, 1)
-            )
+            vertex: value
+            + 0.5
+            * sum(lattice.get(tuple(v + sign * s for v, s in zip(vertex, step, strict=True)), 0.0) for sign in (-1, 1))
             for vertex, value in lattice.items()
         }
     out = [sum(weight * lattice[vertex] for vertex, weight in pixel) / (1 + 2**-5) for pixel in corners]
@@ -88,7 +88,7 @@ def test_weighs_pixels_like_the_exact_gaussian(sigmas):
     """
     image = smooth_images(1, 24, 30)
     f = features(image[0], *sigmas)
-    kernel = torch.exp(-torch.cdist(f, f) ** 2 / 2)
+    kernel = torch.exp(-(torch.cdist(f, f) ** 2) / 2)
     maps = (torch.arange(30) >= 15).float().expand(1, 1, 24, 30)  # a step
     ones = torch.ones_like(maps)
     ours = (bilateral_filter(image, maps, *sigmas) / bilateral_filter(image, ones, *sigmas)).flatten().double()
