@@ -235,7 +235,8 @@ def test_unknown_maps_are_refused():
 def test_class_counts_must_agree(tmp_path):
     noted, released, wrapped = tmp_path / "a.safetensors", tmp_path / "b.pth", tmp_path / "c.pth"
     save_file({"x": torch.zeros(1)}, noted, metadata={"meta": json.dumps({"classes": ["a", "b", "c"]})})
-    weights = {f"module.{name}.weight": torch.zeros(n, 2, 1, 1) for name, n in (("aux_classifier", 9), ("classifier", 3))}
+    rows = {"aux_classifier": 9, "classifier": 3}
+    weights = {f"module.{name}.weight": torch.zeros(count, 2, 1, 1) for name, count in rows.items()}
     torch.save(weights, released)
     torch.save({"model_state_dict": weights}, wrapped)
     for path in (noted, released, wrapped):
