@@ -1,6 +1,10 @@
 """Scores the maps of a method on labelled images: one path for the validation in training and for the tools."""
 
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -72,23 +76,27 @@ def score(
     """The confusion matrix (K+1, K+1) of every row of the plan over a whole data set, the same on all ranks.
 
     Rank r takes the images r, r + world, ...; integer counts are summed, so the number of processes changes nothing.
+    On a CPU each image is computed by one thread, as many images at once as there are threads: sums in another order
+    round otherwise, so that scores would depend on the number of threads.
     save_labels, save_overlays: folders of the label PNGs (FOLDER/MAP/NAME.png) and the pictures (FOLDER/NAME.png).
     """
     matrices = {row: np.zeros((num_classes + 1, num_classes + 1), np.int64) for row in plan.rows}
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
     # a generator of its own: the loader must not draw from the one that training goes on with
     loader = DataLoader(share, batch_size=None, collate_fn=_as_is, num_workers=workers, generator=torch.Generator())
-    training = method.training
-    method.eval()
-    for item in tqdm(loader, "evaluate", disable=ranks.rank != 0, dynamic_ncols=True):
-        prediction = predict(method, item.image.to(ranks.device), item.labels.to(ranks.device), plan, item.name)
-        for row, labels in prediction.labels.items():
-            matrices[row] += confusion_matrix(item.label_map, labels, num_classes + 1)
-            if save_labels:
-                write_label_png(Path(save_labels) / row_name(row) / f"{item.name}.png", labels)
-        if save_overlays:
-            save_picture(Path(save_overlays) / f"{item.name}.png", _picture(item, prediction))
-    method.train(training)
+
+    def predicted(item: EvalItem) -> tuple[EvalItem, Prediction]:
+        return item, predict(method, item.image.to(ranks.device), item.labels.to(ranks.device), plan, item.name)
+
+    items = tqdm(loader, "evaluate", disable=ranks.rank != 0, dynamic_ncols=True)
+    with _evaluation_mode(method), _image_threads(ranks.device) as threads:
+        for item, prediction in _in_threads(predicted, items, threads):
+            for row, labels in prediction.labels.items():
+                matrices[row] += confusion_matrix(item.label_map, labels, num_classes + 1)
+                if save_labels:
+                    write_label_png(Path(save_labels) / row_name(row) / f"{item.name}.png", labels)
+            if save_overlays:
+                save_picture(Path(save_overlays) / f"{item.name}.png", _picture(item, prediction))
     total = all_reduce_sum(torch.from_numpy(np.stack(list(matrices.values()))).to(ranks.device)).cpu().numpy()
     return dict(zip(matrices, total, strict=True))
 
@@ -115,6 +123,45 @@ def run_folder(path: str) -> Path:
 def row_name(row: Row) -> str:
     """`cam`, or with CRF `cam_crf`."""
     return row[0] + ("_crf" if row[1] else "")
+
+
+@contextmanager
+def _evaluation_mode(method: nn.Module) -> Iterator[None]:
+    training = method.training
+    method.eval()
+    try:
+        yield
+    finally:
+        method.train(training)
+
+
+@contextmanager
+def _image_threads(device: torch.device) -> Iterator[int]:
+    """How many images to compute at once: on a CPU one for each of torch's threads, which has one thread meanwhile."""
+    if device.type != "cpu":
+        yield 1
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
+    """map(function, items) in order, on that many threads; items are taken only as they are needed."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _settings(row: Row, plan: Plan, facts: dict) -> dict:

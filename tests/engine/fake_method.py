@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from datasets import EvalItem
-from engine.distributed import Ranks
+from engine.distributed import Ranks, cleanup
 from engine.evaluate import evaluate
 from model.multi_scale import resize
 from utils.config import load_config
@@ -77,3 +77,4 @@ if __name__ == "__main__":
     ranks = Ranks(rank, world, torch.device("cpu"))
     rows = evaluate(FakeMethod(), FakeSet(5), config(), ranks, "weights", results.with_name(f"{results.name}.{rank}"))
     print(repr([row["miou"] for row in rows]))
+    cleanup()
