@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.metrics import Scores
 
 NAMES = {"cam": "CAM", "lam": "LAM", "seg": "segmentation", "fused": "CAM x LAM"}
@@ -56,8 +57,15 @@ def table(scores: Scores, names: Sequence[str], heading: str) -> str:
 def append_results(path: Path, rows: list[dict]) -> None:
     """Appends rows to the list in a results.json, replacing the file as a whole.
 
-    A file that cannot be read as a list is kept under another name.
+    A file that cannot be read as a list is kept under another name. Raises UserError where nothing can be written.
     """
+    try:
+        _append(path, rows)
+    except OSError as error:
+        raise UserError(f"{path}: the results cannot be written ({error.strerror})") from None
+
+
+def _append(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = []
     if path.exists():

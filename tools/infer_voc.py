@@ -4,6 +4,8 @@ Started by run_evaluate_voc.sh under torchrun. The config is the one named, else
 checkpoint's run, else more_voc; key=value goes on top.
 """
 
+from pathlib import Path
+
 from datasets import build_val_set
 from engine.checkpoint import load_weights
 from engine.distributed import cleanup, setup
@@ -32,10 +34,12 @@ def main(argv: list[str], default: str = "more_voc", settings: tuple[str, ...] =
 
 
 def split_checkpoint(argv: list[str]) -> tuple[str, list[str]]:
-    """Takes checkpoint=PATH out of the arguments. Raises UserError where it is not there."""
+    """Takes checkpoint=PATH out of the arguments. Raises UserError where it, or its file, is not there."""
     paths = [item.removeprefix("checkpoint=") for item in argv if item.startswith("checkpoint=")]
     if not paths or not paths[-1]:
         raise UserError("no checkpoint given: add checkpoint=PATH, a weights file of a run or an official one")
+    if not Path(paths[-1]).is_file():
+        raise UserError(f"{paths[-1]}: no such checkpoint")
     return paths[-1], [item for item in argv if not item.startswith("checkpoint=")]
 
 
