@@ -16,6 +16,11 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """x in fp32 where autocast made it bf16 or half; fp64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def with_flip(images: Tensor, flip: bool) -> Tensor:
     """(B, 3, H, W) -> (2B, 3, H, W), images then their mirrors; unchanged without `flip`."""
     return torch.cat([images, images.flip(-1)]) if flip else images
@@ -52,7 +57,7 @@ def localization_maps(
     total: list[Tensor] = []
     for scale in [1.0, *(s for s in scales if s != 1.0)]:
         coarse = coarse_maps(with_flip(scaled(images, scale), flip))
-        maps = [merge_flip(resize(m.float(), size), flip, torch.maximum) for m in coarse]
+        maps = [merge_flip(resize(full_precision(m), size), flip, torch.maximum) for m in coarse]
         maps = [m.relu() for m in maps] if relu else maps
         total = [t + m for t, m in zip(total, maps, strict=True)] if total else maps
     return tuple(min_max(m) for m in total)
@@ -64,7 +69,7 @@ def segmentation_logits(
     """Logits (B, K+1, *out_size): sum over image and flip, maximum over scales."""
     fused = None
     for scale in scales:
-        maps = resize(logits(with_flip(scaled(images, scale), flip)).float(), out_size)
+        maps = resize(full_precision(logits(with_flip(scaled(images, scale), flip))), out_size)
         maps = merge_flip(maps, flip, torch.add)
         fused = maps if fused is None else torch.maximum(fused, maps)
     return fused

@@ -15,7 +15,7 @@ from model.losses.segmentation import segmentation_loss
 from model.more.lir import certain_loss, hashed_order, sample_uncertain, token_loss, uncertain_loss
 from model.more.network import MoReNetwork
 from model.more.official import from_official
-from model.multi_scale import localization_maps, resize, segmentation_logits
+from model.multi_scale import full_precision, localization_maps, resize, segmentation_logits
 from model.pseudo_labels import IGNORE, refined_labels, token_labels, valid_tokens
 from utils.batch import Batch
 from utils.images import denormalize
@@ -50,7 +50,7 @@ class MoRe(nn.Module):
         cams = self._training_cams(batch.images) if any(weights[term] for term in FROM_PSEUDO_LABELS) else None
         out = self.network(batch.images)
         with torch.autocast(batch.images.device.type, enabled=False):
-            out = type(out)(*(x.float() for x in out))
+            out = type(out)(*map(full_precision, out))
             pseudo = self.pseudo_labels(cams, batch, out.patches.shape[-2:], iteration)
             seg_logits = resize(out.seg_logits, batch.images.shape[-2:])
             c = self.loss_config
@@ -147,7 +147,7 @@ class MoRe(nn.Module):
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
         """Class logits (B, K), one pass."""
-        return self.network.classify(images).float()
+        return full_precision(self.network.classify(images))
 
     @torch.no_grad()
     def _training_cams(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """The released training loop, followed term by term by the real trainer's step.
 
-Once with attention as the released code writes it out, once with torch's fused attention, the default.
+Once in float32, as users train, and once in float64. Gradients of this small random network hold round-off that AdamW
+carries on (the keys' bias has no gradient but round-off, for softmax does not see it): two float32 runs drift apart by
+more than the tolerance of `grad_norm` and `update_norm`, so these are compared in float64 alone.
 """
 
 import numpy as np
@@ -45,13 +47,12 @@ def official_values(values, network):
     return result
 
 
-@pytest.fixture(scope="module", params=["written out", "fused"])
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def trace(golden, request):
     """Arrays of the reference, and the same things of ours, made by Trainer.step."""
     arrays = golden("more/train_trace.npz")
     method, config = golden_method(golden, arrays)
-    for block in method.network.backbone.blocks:
-        block.attn.fused_attn = request.param == "fused"
+    method.to(request.param)
     trace_config(config, arrays)
     method.train()
     method.token_order = in_order
@@ -76,17 +77,17 @@ def trace(golden, request):
     names = [str(name) for name in arrays["param_names"]]
     for images_u8, labels in zip(arrays["images_u8"], arrays["cls_label"], strict=True):
         images = (images_u8.astype(np.float64) - arrays["mean"]) / arrays["std"]
-        images = torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous()
+        images = torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous().to(request.param)
         valid = torch.ones(len(images), *images.shape[-2:], dtype=torch.bool)
         seeds = torch.zeros(len(images), dtype=torch.int64)
-        terms = trainer.step(Batch([""] * len(images), images, torch.from_numpy(labels), valid, seeds))
+        terms = trainer.step(Batch([""] * len(images), images, torch.from_numpy(labels).to(request.param), valid, seeds))
         ours["terms"].append({name: float(value) for name, value in terms.items()})
         rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
         ours["lr"].append([rates[name] for name in GROUPS])
         grads = official_values({n: p.grad for n, p in method.network.named_parameters()}, method.network)
         ours["grad_norm"].append([float("nan") if grads[n] is None else float(grads[n].norm()) for n in names])
     final = official_values(dict(method.network.named_parameters()), method.network)
-    return arrays, ours, official_values(start, method.network), final, request.param == "fused"
+    return arrays, ours, official_values(start, method.network), final, request.param == torch.float64
 
 
 def test_loss_terms(trace):
@@ -117,17 +118,16 @@ def test_pseudo_labels(trace, name):
 
 
 def test_gradient_norms(trace):
-    arrays, ours, *_ = trace
+    arrays, ours, _, _, float64 = trace
+    if not float64:
+        assert np.array_equal(np.isnan(ours["grad_norm"]), np.isnan(arrays["grad_norm"]))
+        return
     np.testing.assert_allclose(ours["grad_norm"], arrays["grad_norm"], rtol=1e-2, atol=1e-4, equal_nan=True)
 
 
 def test_final_parameters(trace):
-    """The released file's unused parameters are none of ours; that they never move is checked on the arrays.
-
-    Softmax does not see the keys' bias: its gradient is 0 but for round-off, which AdamW turns into steps of its own.
-    Fused attention rounds otherwise, so that there the size of the qkv bias's update says nothing.
-    """
-    arrays, _, start, final, fused = trace
+    """The released file's unused parameters are none of ours; that they never move is checked on the arrays."""
+    arrays, _, start, final, float64 = trace
     for row, name in enumerate(str(n) for n in arrays["param_names"]):
         if final[name] is None:
             assert arrays["update_norm"][row] == 0, name
@@ -135,7 +135,7 @@ def test_final_parameters(trace):
         mine = final[name].detach().flatten()
         update = float((final[name] - start[name]).detach().norm())
         np.testing.assert_allclose(float(mine.norm()), arrays["final_norm"][row], rtol=1e-4, err_msg=name)
-        if not (fused and name.endswith("qkv.bias")):
+        if float64:
             np.testing.assert_allclose(update, arrays["update_norm"][row], rtol=1e-2, err_msg=name)
         index = [i * len(mine) // 64 for i in range(64)] if len(mine) >= 64 else list(range(len(mine)))
         theirs = arrays["final_slice"][row][: len(index)]

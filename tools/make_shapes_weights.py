@@ -1,0 +1,116 @@
+"""Makes the start weights of the demo: a small ViT that learned image-level labels of generated shapes.
+
+    python tools/make_shapes_weights.py weights/vit_shapes.safetensors
+
+The counterpart of ImageNet weights for `data.name=shapes`: the images come from another seed than any the demo uses, and
+only the labels of whole images are read, no mask. About 12 minutes on two CPU cores.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from datasets import shapes
+from model.multi_scale import resize
+from utils.images import MEAN, STD
+
+BACKBONE = "vit_tiny_patch16_224"
+SEED = 1_000_003            # of the images; the demo's are drawn from data.shapes.seed
+DRAWN, CROP = 112, 80       # pixels: of a drawn image, of what the network sees
+
+
+def small_vit() -> nn.Module:
+    """The backbone of configs/more_shapes.yaml, on CROP pixels."""
+    return timm.create_model(BACKBONE, num_classes=0, img_size=CROP, patch_size=8, depth=5)
+
+
+def images_and_labels(count: int) -> tuple[Tensor, Tensor]:
+    """uint8 (count, 3, DRAWN, DRAWN) and multi-hot float (count, 6)."""
+    images = torch.empty(count, 3, DRAWN, DRAWN, dtype=torch.uint8)
+    labels = torch.zeros(count, len(shapes.CLASSES))
+    for index in tqdm(range(count), "draw", dynamic_ncols=True):
+        image, label_map = shapes.draw(SEED, "train", index, DRAWN)
+        images[index] = torch.from_numpy(image).permute(2, 0, 1)
+        labels[index, [int(i) - 1 for i in np.unique(label_map) if i]] = 1
+    return images, labels
+
+
+class Classifier(nn.Module):
+    """Class logits from the class token and, as in MoRe, from the largest value of every channel over the patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = small_vit()
+        self.of_token = nn.Linear(self.vit.embed_dim, len(shapes.CLASSES))
+        self.of_patches = nn.Linear(self.vit.embed_dim, len(shapes.CLASSES))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.vit.forward_features(images)
+        return self.of_token(tokens[:, 0]), self.of_patches(tokens[:, 1:].amax(1))
+
+
+def train(model: Classifier, images: Tensor, labels: Tensor, iterations: int, batch: int, lr: float) -> None:
+    """AdamW with a linear warm-up and a cosine; random crops, flips and quarter turns."""
+    crop = v2.RandomResizedCrop(CROP, scale=(0.4, 1.0), antialias=True)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    warmup = iterations // 10
+    bar = tqdm(range(iterations), "train", dynamic_ncols=True)
+    for step in bar:
+        share = (step - warmup) / max(iterations - warmup, 1)
+        factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * factor
+        chosen = torch.randint(len(images), (batch,)).tolist()
+        crops = torch.stack([torch.rot90(crop(images[i]), int(torch.randint(4, ())), (1, 2)) for i in chosen])
+        if torch.rand(()) < 0.5:
+            crops = crops.flip(-1)
+        logits = model((crops.float() / 255 - mean) / std)
+        loss = sum(F.multilabel_soft_margin_loss(x, labels[chosen]) for x in logits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item() / 2:.3f}")
+
+
+@torch.no_grad()
+def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Share of right yes/no answers about a class, from the class token and from the patches."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    model.eval()
+    logits = model((resize(images.float(), (CROP, CROP)) / 255 - mean) / std)
+    return tuple(float(((x > 0) == (labels > 0)).float().mean()) for x in logits)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("out", type=Path)
+    arguments.add_argument("--images", type=int, default=8000)
+    arguments.add_argument("--iterations", type=int, default=1200)
+    arguments.add_argument("--batch", type=int, default=64)
+    arguments.add_argument("--lr", type=float, default=1e-3)
+    arguments = arguments.parse_args()
+    torch.manual_seed(0)
+    held_out = max(arguments.images // 16, 1)
+    images, labels = images_and_labels(arguments.images + held_out)
+    model = Classifier()
+    train(model, images[held_out:], labels[held_out:], arguments.iterations, arguments.batch, arguments.lr)
+    token, patches = accuracy(model, images[:held_out], labels[:held_out])
+    print(f"{held_out} held-out images, right answers a class: class token {token:.3f}, patches {patches:.3f}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.half().contiguous() for name, value in model.vit.state_dict().items()}
+    save_file(weights, arguments.out, metadata={"held_out_accuracy_of_patches": f"{patches:.4f}"})
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
