@@ -24,6 +24,7 @@ from utils.config import save_provenance
 from utils.errors import UserError
 from utils.log import MetricsWriter, setup_logger
 
+ROOT = Path(__file__).resolve().parents[1]
 RANDOM = "random"
 
 
@@ -141,9 +142,15 @@ def _start_weights(method: nn.Module, path: str | None) -> None:
         )
     if path != RANDOM:
         try:
-            method.load_start_weights(checkpoint.read_tensors(path))
+            method.load_start_weights(checkpoint.read_tensors(_found(path)))
         except UserError as error:
             raise UserError(f"model.weights={path}: {error}") from None
+
+
+def _found(path: str) -> Path:
+    """A path as given, else from the project's folder, where its configs name the weights it ships."""
+    shipped = ROOT / path
+    return shipped if shipped.is_file() and not Path(path).is_file() else Path(path)
 
 
 def _loader(train_set, config: DictConfig, ranks: Ranks, start: int) -> DataLoader:

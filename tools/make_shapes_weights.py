@@ -2,8 +2,8 @@
 
     python tools/make_shapes_weights.py weights/vit_shapes.safetensors
 
-The counterpart of ImageNet weights for `data.name=shapes`: the images come from another seed than any the demo uses, and
-only the labels of whole images are read, no mask. About 12 minutes on two CPU cores.
+The counterpart of ImageNet weights for `data.name=shapes`: the images come from another seed than any the demo uses,
+and only the labels of whole images are read, no mask. About 15 minutes on two CPU cores.
 """
 
 import argparse

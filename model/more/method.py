@@ -20,7 +20,6 @@ from model.pseudo_labels import IGNORE, refined_labels, token_labels, valid_toke
 from utils.batch import Batch
 from utils.images import denormalize
 
-
 FROM_PSEUDO_LABELS = ("ptc", "certain", "uncertain", "seg", "energy")
 
 
@@ -85,8 +84,8 @@ class MoRe(nn.Module):
         """
         inside = valid_tokens(batch.valid, grid)
         if cams is None:
-            none = {name: torch.full_like(inside, IGNORE, dtype=torch.int64) for name in ("ptc", "certain", "uncertain")}
-            return {**none, "pixel": torch.full_like(batch.valid, IGNORE, dtype=torch.int64), "valid": inside}
+            tokens, pixels = (torch.full_like(x, IGNORE, dtype=torch.int64) for x in (inside, batch.valid))
+            return {"ptc": tokens, "certain": tokens, "uncertain": tokens, "pixel": pixels, "valid": inside}
         c, (cam, cam_aux) = self.labels_config, cams
         stage, source = ("main", cam) if iteration > c.main_cam_after else ("aux", cam_aux)
         # the released code truncates the denormalised image before it goes through PAR

@@ -80,7 +80,8 @@ def trace(golden, request):
         images = torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous().to(request.param)
         valid = torch.ones(len(images), *images.shape[-2:], dtype=torch.bool)
         seeds = torch.zeros(len(images), dtype=torch.int64)
-        terms = trainer.step(Batch([""] * len(images), images, torch.from_numpy(labels).to(request.param), valid, seeds))
+        labels = torch.from_numpy(labels).to(request.param)
+        terms = trainer.step(Batch([""] * len(images), images, labels, valid, seeds))
         ours["terms"].append({name: float(value) for name, value in terms.items()})
         rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
         ours["lr"].append([rates[name] for name in GROUPS])
