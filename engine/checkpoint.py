@@ -1,6 +1,7 @@
 """Weights (safetensors, what one shares) and state (what an interrupted run needs to go on exactly)."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -72,12 +73,16 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     return weights
 
 
-def save_state(
-    folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, best: float, meta: dict
-) -> None:
+def best_score(folder: Path) -> float:
+    """The validation score `seg` of the best weights so far, -inf where there are none."""
+    path = folder / BEST
+    return read_meta(path)["val"]["seg"] if path.is_file() else -math.inf
+
+
+def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> None:
     """Writes weights and state after `iteration` steps; earlier states go, their weights stay."""
     save_weights(folder / WEIGHTS.format(iteration), method, {**meta, "iteration": iteration})
-    state = {"iteration": iteration, "best": best, "optimizer": optimizer.state_dict()}
+    state = {"iteration": iteration, "optimizer": optimizer.state_dict()}
     with _replacing(folder / STATE.format(iteration)) as part:
         torch.save(state, part)
     for path in folder.glob("iter_*.state.pt"):
@@ -85,8 +90,8 @@ def save_state(
             path.unlink()
 
 
-def load_state(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float] | None:
-    """Continues from the newest complete state in `folder`: (iterations done, best score), None where there is none."""
+def load_state(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
+    """Continues from the newest complete state in `folder`: iterations done, None where there is none."""
     states = sorted(folder.glob("iter_*.state.pt"), key=lambda p: int(re.findall(r"\d+", p.name)[0]), reverse=True)
     for path in states:
         weights = path.with_name(path.name.replace(".state.pt", ".weights.safetensors"))
@@ -94,7 +99,7 @@ def load_state(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer
             state = torch.load(path, map_location="cpu", weights_only=True)
             load_weights(weights, method)
             optimizer.load_state_dict(state["optimizer"])
-            return state["iteration"], state["best"]
+            return state["iteration"]
     return None
 
 

@@ -84,9 +84,10 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
     meta = {"method": config.method, "classes": list(train_set.classes), "config": config.tag}
     trainer = Trainer(method.to(ranks.device), config, ranks)
     resumed = checkpoint.load_state(checkpoints, method, trainer.optimizer) if config.resume == "auto" else None
-    trainer.iteration, best = resumed or (0, -math.inf)
+    trainer.iteration = resumed or 0
     if resumed is None:
         _start_weights(method, config.model.weights)
+    best = -math.inf if resumed is None else checkpoint.best_score(checkpoints)
     if main:
         save_provenance(config, folder)
         writer = MetricsWriter(folder, start=trainer.iteration)
@@ -98,7 +99,6 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
     progress = tqdm(loader, disable=not main, initial=trainer.iteration, total=length, desc="train", dynamic_ncols=True)
     for batch in progress:
         batch = batch.to(ranks.device)
-        method.train()
         period.add(trainer.step(batch))
         done, last = trainer.iteration, trainer.iteration == length
         if done % config.train.log_every == 0 or last:
@@ -114,10 +114,10 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
             writer.image(done - 1, "maps", training_picture(method, batch, train_set.classes))
         if done % config.train.checkpoint_every == 0 or last:
             if main:
-                checkpoint.save_state(checkpoints, done, method, trainer.optimizer, best, meta)
+                checkpoint.save_state(checkpoints, done, method, trainer.optimizer, meta)
             barrier()
         if done % config.train.validate_every == 0 or last:
-            method.eval()
+            paused = time.perf_counter()
             scores = validate(method, val_set, config, ranks)
             if main:
                 writer.scalars(done - 1, scores, prefix="val/")
@@ -127,7 +127,7 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
                     best_meta = {**meta, "iteration": done, "val": scores}
                     checkpoint.save_weights(checkpoints / checkpoint.BEST, method, best_meta)
             barrier()
-            period.restart_clock()
+            period.paused += time.perf_counter() - paused
     if main:
         writer.close()
         log.info("done: %s", folder)
@@ -164,7 +164,7 @@ def _loader(train_set, config: DictConfig, ranks: Ranks, start: int) -> DataLoad
 
 
 class _Period:
-    """Sums of the terms since the last log line, kept on the device."""
+    """Sums of the terms since the last log line, kept on the device; `paused`: seconds of it that were no training."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -177,12 +177,8 @@ class _Period:
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Mean of every term over the period's steps and over all processes."""
         total = all_reduce_sum(torch.stack(list(self.sums.values())).double())
-        self.seconds = (time.perf_counter() - self.started) / self.steps
+        self.seconds = (time.perf_counter() - self.started - self.paused) / self.steps
         return dict(zip(self.sums, (total / (self.steps * ranks.world)).tolist(), strict=True))
-
-    def restart_clock(self) -> None:
-        """Leaves a validation's time out of the seconds an iteration takes."""
-        self.started = time.perf_counter()
 
 
 def _stop_unless_finite(means: dict[str, float], done: int, folder: Path) -> None:

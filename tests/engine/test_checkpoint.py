@@ -84,7 +84,13 @@ def test_the_newest_state_is_taken(tmp_path):
     optimizer = torch.optim.AdamW(method.parameters())
     assert checkpoint.load_state(tmp_path, method, optimizer) is None
     for iteration in (2, 10):
-        checkpoint.save_state(tmp_path, iteration, method, optimizer, best=0.5, meta={})
-    assert checkpoint.load_state(tmp_path, make(), optimizer) == (10, 0.5)
+        checkpoint.save_state(tmp_path, iteration, method, optimizer, meta={})
+    assert checkpoint.load_state(tmp_path, make(), optimizer) == 10
     assert [p.name for p in tmp_path.glob("*.state.pt")] == ["iter_000010.state.pt"]
     assert len(list(tmp_path.glob("*.weights.safetensors"))) == 2
+
+
+def test_the_best_score_outlives_an_interruption(tmp_path):
+    assert checkpoint.best_score(tmp_path) == float("-inf")
+    checkpoint.save_weights(tmp_path / checkpoint.BEST, make(), {"val": {"seg": 0.25}})
+    assert checkpoint.best_score(tmp_path) == 0.25
