@@ -88,8 +88,9 @@ def score(
     def predicted(item: EvalItem) -> tuple[EvalItem, Prediction]:
         return item, predict(method, item.image.to(ranks.device), item.labels.to(ranks.device), plan, item.name)
 
-    items = tqdm(loader, "evaluate", disable=ranks.rank != 0, dynamic_ncols=True)
-    with _evaluation_mode(method), _image_threads(ranks.device) as threads:
+    # closed on the way out, so that a message of an error starts on a line of its own
+    bar = tqdm(loader, "evaluate", disable=ranks.rank != 0, dynamic_ncols=True)
+    with bar as items, _evaluation_mode(method), _image_threads(ranks.device) as threads:
         for item, prediction in _in_threads(predicted, items, threads):
             for row, labels in prediction.labels.items():
                 matrices[row] += confusion_matrix(item.label_map, labels, num_classes + 1)

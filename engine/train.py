@@ -96,38 +96,41 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
     loader = _loader(train_set, config, ranks, trainer.iteration)
     period = _Period()
     length = config.train.iterations
-    progress = tqdm(loader, disable=not main, initial=trainer.iteration, total=length, desc="train", dynamic_ncols=True)
-    for batch in progress:
-        batch = batch.to(ranks.device)
-        period.add(trainer.step(batch))
-        done, last = trainer.iteration, trainer.iteration == length
-        if done % config.train.log_every == 0 or last:
-            means = period.means(ranks)
-            _stop_unless_finite(means, done, folder)
-            if main:
-                progress.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
-                rate = {"lr": trainer.optimizer.param_groups[0]["lr"], "seconds_per_iteration": period.seconds}
-                writer.scalars(done - 1, {**means, **rate}, prefix="train/")
-                log.info(_line(done, length, means, period.seconds))
-            period = _Period()
-        if main and done % config.train.picture_every == 0:
-            writer.image(done - 1, "maps", training_picture(method, batch, train_set.classes))
-        if done % config.train.checkpoint_every == 0 or last:
-            if main:
-                checkpoint.save_state(checkpoints, done, method, trainer.optimizer, meta)
-            barrier()
-        if done % config.train.validate_every == 0 or last:
-            paused = time.perf_counter()
-            scores = validate(method, val_set, config, ranks)
-            if main:
-                writer.scalars(done - 1, scores, prefix="val/")
-                log.info("validation at %d: %s", done, "  ".join(f"{name} {100 * v:.2f}" for name, v in scores.items()))
-                if scores["seg"] > best:
-                    best = scores["seg"]
-                    best_meta = {**meta, "iteration": done, "val": scores}
-                    checkpoint.save_weights(checkpoints / checkpoint.BEST, method, best_meta)
-            barrier()
-            period.paused += time.perf_counter() - paused
+    # closed on the way out, so that a message of an error starts on a line of its own
+    bar = tqdm(loader, disable=not main, initial=trainer.iteration, total=length, desc="train", dynamic_ncols=True)
+    with bar as progress:
+        for batch in progress:
+            batch = batch.to(ranks.device)
+            period.add(trainer.step(batch))
+            done, last = trainer.iteration, trainer.iteration == length
+            if done % config.train.log_every == 0 or last:
+                means = period.means(ranks)
+                _stop_unless_finite(means, done, folder)
+                if main:
+                    progress.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+                    rate = {"lr": trainer.optimizer.param_groups[0]["lr"], "seconds_per_iteration": period.seconds}
+                    writer.scalars(done - 1, {**means, **rate}, prefix="train/")
+                    log.info(_line(done, length, means, period.seconds))
+                period = _Period()
+            if main and done % config.train.picture_every == 0:
+                writer.image(done - 1, "maps", training_picture(method, batch, train_set.classes))
+            if done % config.train.checkpoint_every == 0 or last:
+                if main:
+                    checkpoint.save_state(checkpoints, done, method, trainer.optimizer, meta)
+                barrier()
+            if done % config.train.validate_every == 0 or last:
+                paused = time.perf_counter()
+                scores = validate(method, val_set, config, ranks)
+                if main:
+                    writer.scalars(done - 1, scores, prefix="val/")
+                    shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in scores.items())
+                    log.info("validation at %d: %s", done, shown)
+                    if scores["seg"] > best:
+                        best = scores["seg"]
+                        best_meta = {**meta, "iteration": done, "val": scores}
+                        checkpoint.save_weights(checkpoints / checkpoint.BEST, method, best_meta)
+                barrier()
+                period.paused += time.perf_counter() - paused
     if main:
         writer.close()
         log.info("done: %s", folder)

@@ -104,6 +104,7 @@ def test_evaluation_gets_checkpoint_and_overrides(house):
 def test_a_mistake_is_one_line(house, what, count):
     result = subprocess.run(
         [sys.executable, str(house / "engine/launch.py"), "scripts/train_voc.py", "cpu", str(count), "auto", what],
+        cwd=house,
         env=_environment(),
         capture_output=True,
         text=True,

@@ -1,0 +1,57 @@
+"""The demo's start weights: the script that makes them, and the file that is shipped."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import build_method
+from tools import make_shapes_weights
+from utils.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = 6
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config("more_shapes", [])
+
+
+def start(config, path):
+    """The demo's method, started from the weights at `path`."""
+    method = build_method(config, CLASSES)
+    method.load_start_weights(load_file(path))
+    return method
+
+
+def test_the_script_makes_weights_the_demo_starts_from(config, tmp_path):
+    out = tmp_path / "new" / "weights.safetensors"
+    arguments = ["--images", "16", "--iterations", "2", "--batch", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "tools/make_shapes_weights.py", str(out), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "held-out" in done.stdout and str(out) in done.stdout
+    method, weights = start(config, out), load_file(out)
+    assert torch.equal(method.network.backbone.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"].float())
+    assert torch.equal(method.network.backbone.tokens[0, -1], weights["cls_token"][0, 0].float())
+
+
+def test_images_of_the_weights_are_not_those_of_the_demo(config):
+    images, labels = make_shapes_weights.images_and_labels(4)
+    again, _ = make_shapes_weights.images_and_labels(4)
+    assert config.data.shapes.seed != make_shapes_weights.SEED
+    assert torch.equal(images, again) and images.dtype == torch.uint8
+    assert labels.shape == (4, CLASSES) and set(labels.unique().tolist()) <= {0.0, 1.0} and labels.any(1).all()
+
+
+def test_the_shipped_weights(config):
+    path = ROOT / config.model.weights
+    assert path.stat().st_size <= 5_000_000
+    assert all(value.isfinite().all() for value in load_file(path).values())
+    start(config, path)
