@@ -98,7 +98,9 @@ def load_state(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer
         if weights.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
             load_weights(weights, method)
-            optimizer.load_state_dict(state["optimizer"])
+            # moments and step counts; rates and the like are what the config says now
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
             return state["iteration"]
     return None
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of engine/, so that the packages of the house are found from any folder
+    sys.path[0] = str(ROOT)  # instead of engine/, so that the project's packages are found from any folder
 
 from utils.errors import UserError  # noqa: E402
 

@@ -29,11 +29,11 @@ def token_labels(maps: Tensor, labels: Tensor, grid: Sequence[int], high: float,
     return threshold(resize(maps, grid), labels, high, low)
 
 
-def valid_tokens(valid: Tensor, grid: Sequence[int]) -> Tensor:
-    """bool (B, *grid): patches without a padded pixel. valid: bool (B, H, W)."""
-    height, width = (size // count for size, count in zip(valid.shape[-2:], grid, strict=True))
-    inside = valid[:, : height * grid[0], : width * grid[1]]
-    return inside.unflatten(1, (grid[0], height)).unflatten(3, (grid[1], width)).all(4).all(2)
+def valid_tokens(valid: Tensor, patch: Sequence[int]) -> Tensor:
+    """bool (B, h, w): patches without a padded pixel. valid: bool (B, H, W); patch: height and width in pixels."""
+    h, w = (size // side for size, side in zip(valid.shape[-2:], patch, strict=True))
+    inside = valid[:, : h * patch[0], : w * patch[1]]
+    return inside.unflatten(1, (h, patch[0])).unflatten(3, (w, patch[1])).all(4).all(2)
 
 
 def refined_labels(

@@ -117,7 +117,7 @@ def _plain_vit(name: str, args: dict) -> VisionTransformer:
     except (RuntimeError, TypeError) as error:
         raise UserError(f"model.backbone={name}, model.backbone_args={args}: {error}") from None
     plain = isinstance(vit, VisionTransformer) and vit.cls_token is not None and vit.pos_embed is not None
-    if not plain or vit.reg_token is not None:
+    if not plain or vit.reg_token is not None or vit.no_embed_class:
         raise UserError(f"model.backbone={name}: not a plain ViT with one class token and a position table")
     return vit
 

@@ -82,7 +82,7 @@ class MoRe(nn.Module):
         cams: CAM and auxiliary CAM, (B, K, H, W) in [0, 1]; None: all labels are 255.
         Labels are int64, 255 where unsure and on padding.
         """
-        inside = valid_tokens(batch.valid, grid)
+        inside = valid_tokens(batch.valid, self.network.backbone.patch_size)
         if cams is None:
             tokens, pixels = (torch.full_like(x, IGNORE, dtype=torch.int64) for x in (inside, batch.valid))
             return {"ptc": tokens, "certain": tokens, "uncertain": tokens, "pixel": pixels, "valid": inside}

@@ -90,6 +90,19 @@ def test_the_newest_state_is_taken(tmp_path):
     assert len(list(tmp_path.glob("*.weights.safetensors"))) == 2
 
 
+def test_rates_of_a_resumed_run_are_those_it_is_given(tmp_path):
+    method = make()
+    before = torch.optim.AdamW(method.parameters(), lr=1.0, weight_decay=0.5)
+    sum(p.sum() for p in method.parameters()).backward()
+    before.step()
+    checkpoint.save_state(tmp_path, 1, method, before, meta={})
+    after = torch.optim.AdamW(method.parameters(), lr=2.0, weight_decay=0.25)
+    checkpoint.load_state(tmp_path, method, after)
+    assert [(g["lr"], g["weight_decay"]) for g in after.param_groups] == [(2.0, 0.25)]
+    for p in method.parameters():
+        assert torch.equal(after.state[p]["exp_avg"], before.state[p]["exp_avg"]) and after.state[p]["step"] == 1
+
+
 def test_the_best_score_outlives_an_interruption(tmp_path):
     assert checkpoint.best_score(tmp_path) == float("-inf")
     checkpoint.save_weights(tmp_path / checkpoint.BEST, make(), {"val": {"seg": 0.25}})

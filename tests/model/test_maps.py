@@ -101,6 +101,6 @@ def test_refined_labels_image_by_image():
 
 
 def test_valid_tokens():
-    valid = torch.ones(1, 32, 48, dtype=torch.bool)
+    valid = torch.ones(1, 34, 60, dtype=torch.bool)      # 2 and 12 pixels more than whole patches
     valid[:, 31:], valid[:, :, 17] = False, False
-    assert valid_tokens(valid, (2, 3)).tolist() == [[[True, False, True], [False, False, False]]]
+    assert valid_tokens(valid, (16, 16)).tolist() == [[[True, False, True], [False, False, False]]]

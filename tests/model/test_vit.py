@@ -85,7 +85,7 @@ def test_faults_of_start_weights_are_named(vit):
             vit.load_start_weights(broken)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "no_such_model", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["resnet18", "no_such_model", "swin_tiny_patch4_window7_224", "flexivit_small"])
 def test_other_networks_are_refused(name):
     with pytest.raises(UserError, match=name):
         MultiClassTokenViT(name, {}, K)
