@@ -1,9 +1,11 @@
 """Makes the start weights of the demo: a small ViT that learned image-level labels of generated shapes.
 
-    python tools/make_shapes_weights.py weights/vit_shapes.safetensors
+    python tools/make_shapes_weights.py FIRST
+    python tools/make_shapes_weights.py OUT --start FIRST --top 4 --area 1 --iterations 500
 
 The counterpart of ImageNet weights for `data.name=shapes`: the images come from another seed than any the demo uses,
-and only the labels of whole images are read, no mask. About 15 minutes on two CPU cores.
+and only the labels of whole images are read, no mask. The second call teaches where the evidence lies: a present class
+needs several patches that show it, and at least half of the patches show none.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -45,7 +47,7 @@ def images_and_labels(count: int) -> tuple[Tensor, Tensor]:
 
 
 class Classifier(nn.Module):
-    """Class logits from the class token and, as in MoRe, from the largest value of every channel over the patches."""
+    """Class logits of the class token (B, 6) and of every patch (B, N, 6)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,11 +57,23 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.vit.forward_features(images)
-        return self.of_token(tokens[:, 0]), self.of_patches(tokens[:, 1:].amax(1))
+        return self.of_token(tokens[:, 0]), self.of_patches(tokens[:, 1:])
 
 
-def train(model: Classifier, images: Tensor, labels: Tensor, iterations: int, batch: int, lr: float) -> None:
-    """AdamW with a linear warm-up and a cosine; random crops, flips and quarter turns."""
+def loss_terms(of_token: Tensor, of_patches: Tensor, labels: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Classification by the token, by the mean of each class's `top` largest patches; logits of the lower half of its
+    patches against 0: an object covers half of an image at most.
+    """
+    ranked = of_patches.sort(dim=1, descending=True).values
+    lower = ranked[:, ranked.shape[1] // 2 :]
+    classify = F.multilabel_soft_margin_loss
+    return classify(of_token, labels), classify(ranked[:, :top].mean(1), labels), F.softplus(lower).mean()
+
+
+def train(
+    model: Classifier, images: Tensor, labels: Tensor, iterations: int, batch: int, lr: float, top: int, area: float
+) -> None:
+    """AdamW with a linear warm-up and a cosine; random crops, flips, quarter turns. area: weight of the last term."""
     crop = v2.RandomResizedCrop(CROP, scale=(0.4, 1.0), antialias=True)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
@@ -74,12 +88,12 @@ def train(model: Classifier, images: Tensor, labels: Tensor, iterations: int, ba
         crops = torch.stack([torch.rot90(crop(images[i]), int(torch.randint(4, ())), (1, 2)) for i in chosen])
         if torch.rand(()) < 0.5:
             crops = crops.flip(-1)
-        logits = model((crops.float() / 255 - mean) / std)
-        loss = sum(F.multilabel_soft_margin_loss(x, labels[chosen]) for x in logits)
+        token, patches, lower = loss_terms(*model((crops.float() / 255 - mean) / std), labels[chosen], top)
+        loss = token + patches + area * lower
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item() / 2:.3f}")
+        bar.set_postfix(token=f"{token.item():.3f}", patches=f"{patches.item():.3f}", lower=f"{lower.item():.3f}")
 
 
 @torch.no_grad()
@@ -87,8 +101,8 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> tuple[float, 
     """Share of right yes/no answers about a class, from the class token and from the patches."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     model.eval()
-    logits = model((resize(images.float(), (CROP, CROP)) / 255 - mean) / std)
-    return tuple(float(((x > 0) == (labels > 0)).float().mean()) for x in logits)
+    of_token, of_patches = model((resize(images.float(), (CROP, CROP)) / 255 - mean) / std)
+    return tuple(float(((x > 0) == (labels > 0)).float().mean()) for x in (of_token, of_patches.amax(1)))
 
 
 def main() -> None:
@@ -98,12 +112,18 @@ def main() -> None:
     arguments.add_argument("--iterations", type=int, default=1200)
     arguments.add_argument("--batch", type=int, default=64)
     arguments.add_argument("--lr", type=float, default=1e-3)
+    arguments.add_argument("--start", type=Path, help="weights to start from, made by this script")
+    arguments.add_argument("--top", type=int, default=1, help="patches a present class needs")
+    arguments.add_argument("--area", type=float, default=0.0, help="weight of the term on bare patches")
     arguments = arguments.parse_args()
     torch.manual_seed(0)
     held_out = max(arguments.images // 16, 1)
     images, labels = images_and_labels(arguments.images + held_out)
     model = Classifier()
-    train(model, images[held_out:], labels[held_out:], arguments.iterations, arguments.batch, arguments.lr)
+    if arguments.start:
+        model.vit.load_state_dict(load_file(arguments.start))
+    settings = {name: getattr(arguments, name) for name in ("iterations", "batch", "lr", "top", "area")}
+    train(model, images[held_out:], labels[held_out:], **settings)
     token, patches = accuracy(model, images[:held_out], labels[:held_out])
     print(f"{held_out} held-out images, right answers a class: class token {token:.3f}, patches {patches:.3f}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,22 @@ def test_the_script_makes_weights_the_demo_starts_from(config, tmp_path):
     assert torch.equal(method.network.backbone.tokens[0, -1], weights["cls_token"][0, 0].float())
 
 
+def test_loss_terms():
+    """Against a loop: the token, the mean of the largest patches, and the lower half of the patches, a class."""
+    of_token, of_patches = torch.randn(2, CLASSES), torch.randn(2, 6, CLASSES)
+    labels = torch.randint(2, (2, CLASSES)).float()
+    token, patches, lower = make_shapes_weights.loss_terms(of_token, of_patches, labels, top=2)
+    terms = {"token": [], "patches": [], "lower": []}
+    for b in range(2):
+        for k in range(CLASSES):
+            sign, ranked = 2 * labels[b, k] - 1, sorted(of_patches[b, :, k].tolist())
+            terms["token"].append(torch.log1p(torch.exp(-sign * of_token[b, k])))
+            terms["patches"].append(torch.log1p(torch.exp(-sign * (ranked[-1] + ranked[-2]) / 2)))
+            terms["lower"] += [torch.log1p(torch.exp(torch.tensor(x))) for x in ranked[:3]]
+    for value, slow in zip((token, patches, lower), terms.values(), strict=True):
+        torch.testing.assert_close(value, torch.stack(slow).mean())
+
+
 def test_images_of_the_weights_are_not_those_of_the_demo(config):
     images, labels = make_shapes_weights.images_and_labels(4)
     again, _ = make_shapes_weights.images_and_labels(4)
