@@ -1,7 +1,7 @@
 """Makes the start weights of the demo: a small ViT that learned image-level labels of generated shapes.
 
     python tools/make_shapes_weights.py FIRST
-    python tools/make_shapes_weights.py OUT --start FIRST --top 4 --area 1 --iterations 500
+    python tools/make_shapes_weights.py OUT --start FIRST --top 4 --area 1 --iterations 500 --lr 5e-4
 
 The counterpart of ImageNet weights for `data.name=shapes`: the images come from another seed than any the demo uses,
 and only the labels of whole images are read, no mask. The second call teaches where the evidence lies: a present class
