@@ -61,6 +61,9 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file; no code of the file is run. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such weights file")
+    if str(path).endswith(".state.pt"):
+        weights = Path(path).name.replace(".state.pt", ".weights.safetensors")
+        raise UserError(f"{path}: the state of an interrupted run; its weights are in {weights}")
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,9 +41,10 @@ def evaluate(
     """Evaluates as config.evaluate says; the first rank prints and appends the rows to the file `results`.
 
     dataset: of the split config.data.val_split, with `classes`. weights: the checkpoint's path, for the rows.
-    Returns one row a label map: `map, dataset, split, images, scales, flip, crf, image_labels, miou, pixel_accuracy,
-    iou, checkpoint, seconds`. Scores are shares in 0..1; image_labels is None for the segmentation, which uses none;
-    seconds are those of the whole pass, which makes all rows.
+    Returns one row a label map: `map, dataset, split, images, scales, flip, crf, image_labels, predicted_from,
+    background, input, miou, pixel_accuracy, iou, checkpoint, seconds`. Scores are shares in 0..1; image_labels is None
+    for the segmentation, which uses none; background: the threshold, where there is one; input: side of the squares,
+    None for native size; seconds are those of the whole pass, which makes all rows.
     """
     plan, started = evaluation_plan(config), time.perf_counter()
     images, classes = _first(dataset, config.evaluate.images), len(dataset.classes)
@@ -102,17 +103,20 @@ def score(
     return dict(zip(matrices, total, strict=True))
 
 
-def check_classes(path: str, num_classes: int) -> None:
-    """Raises UserError where the checkpoint was made for another number of classes than the data has.
+def check_classes(path: str, classes: Sequence[str]) -> None:
+    """Raises UserError where the checkpoint was made for other classes than the data's, or for another order of them.
 
-    The number comes from the weights file's own note, else (released files) from the shape of its classifier.
+    They come from the weights file's own note; of a released file the number alone, from its classifier's shape.
     """
-    classes = checkpoint.read_meta(path).get("classes")
-    count = _classifier_rows(path) if classes is None else len(classes)
-    if count not in (None, num_classes):
+    own = checkpoint.read_meta(path).get("classes")
+    count = _classifier_rows(path) if own is None else len(own)
+    if count not in (None, len(classes)):
         raise UserError(
-            f"{path} has {count} classes, the data has {num_classes}: give its own data (data.name, data.classes)"
+            f"{path} has {count} classes, the data has {len(classes)}: give its own data (data.name, data.classes)"
         )
+    for index, (theirs, ours) in enumerate(zip(own or classes, classes, strict=True), start=1):
+        if theirs != ours:
+            raise UserError(f"{path}: class {index} is '{theirs}', in the data '{ours}': give its own data.classes")
 
 
 def run_folder(path: str) -> Path:
@@ -170,7 +174,12 @@ def _settings(row: Row, plan: Plan, facts: dict) -> dict:
     kind, crf = row
     labels = None if kind == "seg" else "predicted" if plan.predicted else "given"
     how = {"scales": list(plan.maps[kind].scales), "flip": plan.maps[kind].flip, "crf": crf, "image_labels": labels}
-    return {"map": kind, **facts, **how}
+    more = {
+        "predicted_from": plan.predicted if labels == "predicted" else None,
+        "background": None if kind == "seg" or crf else plan.maps[kind].bkg,
+        "input": plan.base_size,
+    }
+    return {"map": kind, **facts, **how, **more}
 
 
 def _details(row: Row, plan: Plan) -> list[str]:

@@ -41,8 +41,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     """Calls main(sys.argv[1:]) as the body of a script.
 
     A UserError, also one that a DataLoader worker passed on, ends the process with code 2 and no traceback: its line
-    goes to the launcher, or to stderr where there is none. Every other exception stays as it is, unless another
-    process has made a mistake already: then this one fell over its absence, and says nothing.
+    goes to the launcher, or to stderr where there is none. So does an OSError about a file. Every other exception stays
+    as it is, unless another process has made a mistake already: then this one fell over its absence, and says nothing.
     """
     try:
         main(sys.argv[1:])
@@ -51,6 +51,11 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         _leave(USER_ERROR_CODE)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
+    except OSError as error:
+        if error.filename is None or not error.strerror:
+            raise
+        _report(f"{error.filename}: {error.strerror}")
+        _leave(USER_ERROR_CODE)
     except Exception:
         path = os.environ.get(ERROR_FILE)
         if path is None or not os.path.exists(path):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from datasets import build_train_set, build_val_set, collate_train
 from engine import checkpoint
 from engine.distributed import Ranks, all_reduce_sum, barrier, global_ratio
-from engine.evaluate import validate
+from engine.evaluate import check_classes, validate
 from engine.optimizer import build_optimizer, set_lr
 from engine.pictures import training_picture
 from engine.sampler import GlobalBatches
@@ -54,6 +54,8 @@ class Trainer:
         with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=bf16):
             terms = self.parallel(batch, self.iteration)
         weights = self.method.loss_weights(self.iteration)
+        for name in terms.keys() - weights.keys():
+            raise UserError(f"the loss term '{name}' has no weight: add it to loss.weights and loss.start_after")
         total = sum(weights[name] * term for name, term in terms.items())
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -85,7 +87,9 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
     trainer = Trainer(method.to(ranks.device), config, ranks)
     resumed = checkpoint.load_state(checkpoints, method, trainer.optimizer) if config.resume == "auto" else None
     trainer.iteration = resumed or 0
-    if resumed is None:
+    if resumed is not None:
+        check_classes(checkpoints / checkpoint.WEIGHTS.format(resumed), train_set.classes)
+    else:
         _start_weights(method, config.model.weights)
     best = -math.inf if resumed is None else checkpoint.best_score(checkpoints)
     if main:

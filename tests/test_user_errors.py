@@ -95,6 +95,9 @@ def test_a_split_of_one_line_is_none(tiny_voc, tmp_path):
     ("model.weights=nowhere.pth", ("nowhere.pth",)),
     ("model.weights=null", ("model.weights",)),
     ("data.root=nowhere", ("nowhere",)),
+    ("tag=config=more_shapes", ("TAG", "config=more_shapes")),
+    ("data.classes=[a,a]", ("data.classes", "differ")),
+    ("data.classes=[background,a]", ("data.classes", "without background")),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_config(tiny_voc, tmp_path, override, words):
     assert_one_line(tiny.train(tiny_voc, tmp_path / "runs", override), *words)

@@ -24,7 +24,7 @@ def main(argv: list[str], default: str = "more_voc", settings: tuple[str, ...] =
     config = load_config(name, [*settings, *overrides])
     ranks = setup()
     dataset = build_val_set(config)
-    check_classes(weights, len(dataset.classes))
+    check_classes(weights, dataset.classes)
     method = build_method(config, len(dataset.classes))
     load_weights(weights, method)
     if ranks.rank == 0:

@@ -213,7 +213,7 @@ def _check_mapping(layer: Mapping, default: Mapping, prefix: str, source: str) -
     for name, value in layer.items():
         key = f"{prefix}{name}"
         if name not in default:
-            raise UserError(f"unknown key '{key}' {source}: did you mean '{_nearest_key(key)}'?")
+            raise UserError(f"unknown key '{key}' {source}: did you mean '{_nearest_key(key.lstrip('-'))}'?")
         expected = default[name]
         if not isinstance(expected, Mapping):
             checked[name] = _check_value(key, value, _kind(key, expected), source)
@@ -280,6 +280,11 @@ def _check_values(config: dict, sources: str) -> None:
     for key in PAIRS_HIGH_LOW:
         if key in values and values[key][0] < values[key][1]:
             refuse(key, "[high, low] with high >= low")
+    if "=" in values.get("tag", ""):
+        refuse("tag", "a name; was TAG left out before the key=value arguments?")
+    classes = values.get("data.classes", [])
+    if len({"background", *classes}) != len(classes) + 1:
+        refuse("data.classes", "names that differ, without background")
     if values["data.resize_range"][0] > values["data.resize_range"][1]:
         refuse("data.resize_range", "[smallest, largest]")
     if values["pseudo_labels.high"] < values["pseudo_labels.low"]:

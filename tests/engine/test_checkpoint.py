@@ -58,6 +58,9 @@ def test_a_pickle_runs_no_code(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
+    (tmp_path / "iter_000002.state.pt").touch()
+    with pytest.raises(UserError, match=r"its weights are in iter_000002\.weights\.safetensors"):
+        checkpoint.load_weights(tmp_path / "iter_000002.state.pt", make())
     torch.save({"x": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=r"evil\.pth"):
         checkpoint.load_weights(tmp_path / "evil.pth", make())

@@ -25,7 +25,8 @@ from utils.metrics import confusion_matrix
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).resolve().parents[2]
-FIELDS = ["map", "dataset", "split", "images", "scales", "flip", "crf", "image_labels", "miou", "pixel_accuracy", "iou",
+FIELDS = ["map", "dataset", "split", "images", "scales", "flip", "crf", "image_labels", "predicted_from", "background",
+          "input", "miou", "pixel_accuracy", "iou",
           "checkpoint", "seconds"]
 
 
@@ -251,7 +252,7 @@ def test_unknown_maps_are_refused():
             evaluation_plan(config(f"evaluate.maps={maps}"))
 
 
-def test_class_counts_must_agree(tmp_path):
+def test_classes_must_agree(tmp_path):
     noted, released, wrapped = tmp_path / "a.safetensors", tmp_path / "b.pth", tmp_path / "c.pth"
     save_file({"x": torch.zeros(1)}, noted, metadata={"meta": json.dumps({"classes": ["a", "b", "c"]})})
     rows = {"aux_classifier": 9, "classifier": 3}
@@ -259,9 +260,11 @@ def test_class_counts_must_agree(tmp_path):
     torch.save(weights, released)
     torch.save({"model_state_dict": weights}, wrapped)
     for path in (noted, released, wrapped):
-        check_classes(str(path), 3)
+        check_classes(str(path), ["a", "b", "c"])
         with pytest.raises(UserError, match=rf"{path.name} has 3 classes, the data has 20"):
-            check_classes(str(path), 20)
+            check_classes(str(path), ["x"] * 20)
+    with pytest.raises(UserError, match=r"a.safetensors: class 2 is 'b', in the data 'c'"):
+        check_classes(str(noted), ["a", "c", "b"])
 
 
 def test_run_folder():

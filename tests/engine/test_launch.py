@@ -34,6 +34,8 @@ def main(argv):
         if rank == 1:
             raise UserError("image x.jpg is missing")
         torch.distributed.barrier()
+    if argv == ["unwritable"]:
+        open("/proc/x", "w")
     if argv == ["killed"]:
         os.kill(os.getpid(), 9)
     if argv == ["sleep"]:
@@ -119,6 +121,12 @@ def launch_script(house, what, count=1):
     return subprocess.Popen(
         command, cwd=house, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def test_a_file_that_cannot_be_written_is_one_line(house):
+    process = launch_script(house, "unwritable")
+    assert process.communicate(timeout=60) == ("", "error: /proc/x: No such file or directory\n")
+    assert process.returncode == 2
 
 
 def test_a_crash_keeps_its_traceback(house):
