@@ -1,8 +1,9 @@
 """The released training loop, followed term by term by the real trainer's step.
 
-Once in float32, as users train, and once in float64. Gradients of this small random network hold round-off that AdamW
-carries on (the keys' bias has no gradient but round-off, for softmax does not see it): two float32 runs drift apart by
-more than the tolerance of `grad_norm` and `update_norm`, so these are compared in float64 alone.
+Once in float32, as users train, and once in float64. In two places float32 is round-off that AdamW carries on, so that
+two runs drift apart by more than the tolerance: the update of the qkv biases (softmax does not see that of the keys, whose
+gradient is round-off alone) and the gradients of GCR, whose gate sums over all channels before a softmax. These two are
+compared in float64 alone.
 """
 
 import numpy as np
@@ -120,10 +121,11 @@ def test_pseudo_labels(trace, name):
 
 def test_gradient_norms(trace):
     arrays, ours, _, _, float64 = trace
-    if not float64:
-        assert np.array_equal(np.isnan(ours["grad_norm"]), np.isnan(arrays["grad_norm"]))
-        return
-    np.testing.assert_allclose(ours["grad_norm"], arrays["grad_norm"], rtol=1e-2, atol=1e-4, equal_nan=True)
+    mine, theirs = np.array(ours["grad_norm"]), arrays["grad_norm"]
+    assert np.array_equal(np.isnan(mine), np.isnan(theirs))
+    for row, name in enumerate(str(n) for n in arrays["param_names"]):
+        if float64 or not name.startswith("graph_layer."):
+            np.testing.assert_allclose(mine[:, row], theirs[:, row], rtol=1e-2, atol=1e-4, err_msg=name)
 
 
 def test_final_parameters(trace):
@@ -136,7 +138,7 @@ def test_final_parameters(trace):
         mine = final[name].detach().flatten()
         update = float((final[name] - start[name]).detach().norm())
         np.testing.assert_allclose(float(mine.norm()), arrays["final_norm"][row], rtol=1e-4, err_msg=name)
-        if float64:
+        if float64 or not name.endswith("qkv.bias"):
             np.testing.assert_allclose(update, arrays["update_norm"][row], rtol=1e-2, err_msg=name)
         index = [i * len(mine) // 64 for i in range(64)] if len(mine) >= 64 else list(range(len(mine)))
         theirs = arrays["final_slice"][row][: len(index)]
