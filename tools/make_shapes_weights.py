@@ -12,7 +12,6 @@ import argparse
 import math
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -22,32 +21,34 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from datasets import shapes
+from datasets.labels import labels_of_mask
 from model.multi_scale import resize
+from utils.config import load_config
 from utils.images import MEAN, STD
 
-BACKBONE = "vit_tiny_patch16_224"
 SEED = 1_000_003            # of the images; the demo's are drawn from data.shapes.seed
 DRAWN, CROP = 112, 80       # pixels: of a drawn image, of what the network sees
 
 
 def small_vit() -> nn.Module:
-    """The backbone of configs/more_shapes.yaml, on CROP pixels."""
-    return timm.create_model(BACKBONE, num_classes=0, img_size=CROP, patch_size=8, depth=5)
+    """The backbone of configs/more_shapes.yaml."""
+    model = load_config("more_shapes", []).model
+    return timm.create_model(model.backbone, num_classes=0, **model.backbone_args)
 
 
 def images_and_labels(count: int) -> tuple[Tensor, Tensor]:
     """uint8 (count, 3, DRAWN, DRAWN) and multi-hot float (count, 6)."""
     images = torch.empty(count, 3, DRAWN, DRAWN, dtype=torch.uint8)
-    labels = torch.zeros(count, len(shapes.CLASSES))
+    labels = torch.empty(count, len(shapes.CLASSES))
     for index in tqdm(range(count), "draw", dynamic_ncols=True):
         image, label_map = shapes.draw(SEED, "train", index, DRAWN)
         images[index] = torch.from_numpy(image).permute(2, 0, 1)
-        labels[index, [int(i) - 1 for i in np.unique(label_map) if i]] = 1
+        labels[index] = labels_of_mask(label_map, len(shapes.CLASSES))
     return images, labels
 
 
 class Classifier(nn.Module):
-    """Class logits of the class token (B, 6) and of every patch (B, N, 6)."""
+    """Images of values 0..255 -> class logits of the class token (B, 6) and of every patch (B, N, 6)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Classifier(nn.Module):
         self.of_patches = nn.Linear(self.vit.embed_dim, len(shapes.CLASSES))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.vit.forward_features(images)
+        tokens = self.vit.forward_features(v2.functional.normalize(images.float() / 255, list(MEAN), list(STD)))
         return self.of_token(tokens[:, 0]), self.of_patches(tokens[:, 1:])
 
 
@@ -75,7 +76,6 @@ def train(
 ) -> None:
     """AdamW with a linear warm-up and a cosine; random crops, flips, quarter turns. area: weight of the last term."""
     crop = v2.RandomResizedCrop(CROP, scale=(0.4, 1.0), antialias=True)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     warmup = iterations // 10
     bar = tqdm(range(iterations), "train", dynamic_ncols=True)
@@ -88,7 +88,7 @@ def train(
         crops = torch.stack([torch.rot90(crop(images[i]), int(torch.randint(4, ())), (1, 2)) for i in chosen])
         if torch.rand(()) < 0.5:
             crops = crops.flip(-1)
-        token, patches, lower = loss_terms(*model((crops.float() / 255 - mean) / std), labels[chosen], top)
+        token, patches, lower = loss_terms(*model(crops), labels[chosen], top)
         loss = token + patches + area * lower
         optimizer.zero_grad()
         loss.backward()
@@ -99,9 +99,8 @@ def train(
 @torch.no_grad()
 def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Share of right yes/no answers about a class, from the class token and from the patches."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     model.eval()
-    of_token, of_patches = model((resize(images.float(), (CROP, CROP)) / 255 - mean) / std)
+    of_token, of_patches = model(resize(images.float(), (CROP, CROP)))
     return tuple(float(((x > 0) == (labels > 0)).float().mean()) for x in (of_token, of_patches.amax(1)))
 
 
