@@ -17,11 +17,11 @@ from tqdm import tqdm
 from datasets import EvalItem
 from engine import checkpoint
 from engine.distributed import Ranks, all_reduce_sum, barrier
-from engine.pictures import evaluation_picture, save_picture, to_uint8
-from engine.predict import Plan, Prediction, Row, evaluation_plan, predict, validation_plan
+from engine.pictures import evaluation_picture, save_picture
+from engine.predict import Plan, Prediction, Row, evaluation_mode, evaluation_plan, predict, validation_plan
 from engine.results import NAMES, append_results, score_entries, summary_line, table, title
 from utils.errors import UserError
-from utils.images import write_label_png
+from utils.images import to_uint8, write_label_png
 from utils.metrics import Scores, confusion_matrix
 
 
@@ -91,7 +91,7 @@ def score(
 
     # closed on the way out, so that a message of an error starts on a line of its own
     bar = tqdm(loader, "evaluate", disable=ranks.rank != 0, dynamic_ncols=True)
-    with bar as items, _evaluation_mode(method), _image_threads(ranks.device) as threads:
+    with bar as items, evaluation_mode(method), _image_threads(ranks.device) as threads:
         for item, prediction in _in_threads(predicted, items, threads):
             for row, labels in prediction.labels.items():
                 matrices[row] += confusion_matrix(item.label_map, labels, num_classes + 1)
@@ -128,16 +128,6 @@ def run_folder(path: str) -> Path:
 def row_name(row: Row) -> str:
     """`cam`, or with CRF `cam_crf`."""
     return row[0] + ("_crf" if row[1] else "")
-
-
-@contextmanager
-def _evaluation_mode(method: nn.Module) -> Iterator[None]:
-    training = method.training
-    method.eval()
-    try:
-        yield
-    finally:
-        method.train(training)
 
 
 @contextmanager

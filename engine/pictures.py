@@ -7,19 +7,15 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
+from engine.predict import evaluation_mode
 from utils.batch import Batch
-from utils.images import denormalize, heatmap, overlay
+from utils.images import heatmap, overlay, to_uint8
 
 SMALLEST = 192   # panels of smaller images are enlarged
 STRIP = 24       # height of the captions, pixels
 GAP = 4          # between panels
-
-
-def to_uint8(image: Tensor) -> np.ndarray:
-    """Normalised (3, H, W) -> RGB uint8 (H, W, 3); gives back the file's values exactly."""
-    return denormalize(image).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
 
 def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
@@ -48,12 +44,10 @@ def training_picture(method: nn.Module, batch: Batch, classes: Sequence[str], co
 
     Single scale, no flip; the method is left in the mode it was in. Returns uint8 (H, W, 3).
     """
-    training = method.training
-    method.eval()
     images, labels = batch.images[:count], batch.labels[:count]
-    maps = {kind: method.localize(images, kind, [1.0], False) * labels[:, :, None, None] for kind in ("cam", "lam")}
-    segmentation = method.segment(images, [1.0], False).argmax(1)
-    method.train(training)
+    with evaluation_mode(method):
+        maps = {kind: method.localize(images, kind, [1.0], False) * labels[:, :, None, None] for kind in ("cam", "lam")}
+        segmentation = method.segment(images, [1.0], False).argmax(1)
     rows = []
     for i, image in enumerate(images):
         heat = {kind.upper(): values[i].amax(0).cpu().numpy() for kind, values in maps.items()}

@@ -3,7 +3,8 @@
 A method is known by `localize`, `segment` and `classify` alone. Sources of the settings: configs/default.yaml.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from engine.pictures import to_uint8
 from model.multi_scale import min_max, resize
 from utils.crf import dense_crf
 from utils.errors import UserError
+from utils.images import to_uint8
 
 KINDS = ("cam", "lam", "seg")
 VALIDATION_LAM_BKG = 0.5   # [code]
@@ -88,6 +89,17 @@ def validation_plan(config: DictConfig) -> Plan:
     cam = MapPlan(_with_scale_1(config.pseudo_labels.cam_scales), True, config.evaluate.bkg)
     maps = {"cam": cam, "lam": MapPlan((1.0,), False, VALIDATION_LAM_BKG), "fused": cam, "seg": MapPlan((1.0,), False)}
     return Plan(tuple(maps), maps, config.evaluate.base_size or config.data.crop_size)
+
+
+@contextmanager
+def evaluation_mode(method: nn.Module) -> Iterator[None]:
+    """Within it the method is in evaluation mode, afterwards in the mode it was in."""
+    training = method.training
+    method.eval()
+    try:
+        yield
+    finally:
+        method.train(training)
 
 
 @torch.no_grad()

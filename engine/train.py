@@ -86,12 +86,12 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
     meta = {"method": config.method, "classes": list(train_set.classes), "config": config.tag}
     trainer = Trainer(method.to(ranks.device), config, ranks)
     resumed = checkpoint.load_state(checkpoints, method, trainer.optimizer) if config.resume == "auto" else None
-    trainer.iteration = resumed or 0
-    if resumed is not None:
-        check_classes(checkpoints / checkpoint.WEIGHTS.format(resumed), train_set.classes)
-    else:
+    if resumed is None:
+        best = -math.inf
         _start_weights(method, config.model.weights)
-    best = -math.inf if resumed is None else checkpoint.best_score(checkpoints)
+    else:
+        check_classes(checkpoints / checkpoint.WEIGHTS.format(resumed), train_set.classes)
+        trainer.iteration, best = resumed, checkpoint.best_score(checkpoints)
     if main:
         save_provenance(config, folder)
         writer = MetricsWriter(folder, start=trainer.iteration)

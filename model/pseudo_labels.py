@@ -8,8 +8,7 @@ from torch import Tensor
 
 from model.multi_scale import resize
 from model.par import par_affinity, par_refine
-
-IGNORE = 255
+from utils.images import IGNORE
 
 
 def threshold(maps: Tensor, labels: Tensor, high: float, low: float) -> Tensor:

@@ -74,6 +74,11 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     return (images * _column(STD, images) + _column(MEAN, images)) * 255
 
 
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """Normalised (3, H, W) -> RGB uint8 (H, W, 3); gives back the file's values exactly."""
+    return denormalize(image).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
 def voc_palette() -> np.ndarray:
     """The VOC colour of every id, uint8 (256, 3): bit k of each channel's byte comes from bit 3k.. of the id."""
     palette = np.zeros((256, 3), np.uint8)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-IGNORE = 255
+from utils.images import IGNORE
 
 
 def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_ids: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.losses.ratio import local_ratio
-from model.pseudo_labels import IGNORE
+from utils.images import IGNORE
 
 
 def pair_labels(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bilateralfilter import bilateral_filter
-from model.pseudo_labels import IGNORE
-from utils.images import denormalize
+from utils.images import IGNORE, denormalize
 
 
 def energy_loss(

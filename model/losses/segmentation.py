@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.losses.ratio import local_ratio
-from model.pseudo_labels import IGNORE
+from utils.images import IGNORE
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ratio=local_ratio) -> Tensor:

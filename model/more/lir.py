@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.losses.ratio import local_ratio
-from model.pseudo_labels import IGNORE
+from utils.images import IGNORE
 
 EPS = 1e-4
 WINDOW = 6                      # side of the window around a candidate of the uncertain loss

@@ -16,9 +16,9 @@ from model.more.lir import certain_loss, hashed_order, sample_uncertain, token_l
 from model.more.network import MoReNetwork
 from model.more.official import from_official
 from model.multi_scale import full_precision, localization_maps, resize, segmentation_logits
-from model.pseudo_labels import IGNORE, refined_labels, token_labels, valid_tokens
+from model.pseudo_labels import refined_labels, token_labels, valid_tokens
 from utils.batch import Batch
-from utils.images import denormalize
+from utils.images import IGNORE, denormalize
 
 FROM_PSEUDO_LABELS = ("ptc", "certain", "uncertain", "seg", "energy")
 

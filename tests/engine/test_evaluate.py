@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 
 from engine.distributed import Ranks
 from engine.evaluate import check_classes, evaluate, run_folder, score, validate
-from engine.pictures import to_uint8, training_picture
+from engine.pictures import training_picture
 from engine.predict import evaluation_plan, predict, threshold, validation_plan
 from engine.results import append_results
 from tests.engine.fake_method import FakeMethod, FakeSet, K, config
 from utils.batch import Batch
 from utils.crf import dense_crf
 from utils.errors import UserError
+from utils.images import to_uint8
 from utils.metrics import confusion_matrix
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

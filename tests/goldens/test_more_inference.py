@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.pictures import to_uint8
 from engine.predict import MapPlan, evaluation_plan, predict
 from tests.goldens.network import golden_method
+from utils.images import to_uint8
 
 WRONG = 1e-3   # share of the pixels of a label map that may differ
 
