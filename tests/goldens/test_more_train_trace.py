@@ -1,7 +1,7 @@
 """The released training loop, followed term by term by the real trainer's step.
 
 Once in float32, as users train, and once in float64. In two places float32 is round-off that AdamW carries on, so that
-two runs drift apart by more than the tolerance: the update of the qkv biases (softmax does not see the keys' part, whose
+two runs drift apart by more than the tolerance: the update of the qkv biases (softmax does not see the keys' part, its
 gradient is round-off alone) and the gradients of GCR, whose gate sums over all channels before a softmax. These two are
 compared in float64 alone.
 """
