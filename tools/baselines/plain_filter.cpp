@@ -1,13 +1,14 @@
-// Gaussian filtering in five dimensions (x, y, r, g, b) on the permutohedral lattice, CPU.
+// The bilateral filter in five dimensions (x, y, r, g, b) on the permutohedral lattice, formulated plainly: always one
+// thread, one image after the other. tools/benchmark.py compares bilateralfilter with it; tests take it for an oracle.
 //
 // A. Adams, J. Baek, M. A. Davis: Fast High-Dimensional Filtering Using the Permutohedral Lattice, Eurographics 2010.
 // Section numbers below are the paper's. Splat: every pixel spreads its values over the 6 vertices of the simplex its
 // feature lies in. Blur: [1/2 1 1/2] along each of the 6 lattice directions. Slice: every pixel gathers them again.
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -101,7 +102,7 @@ struct Simplex {
     elevated[0] = sum;
     for (const float e : elevated) {
       TORCH_CHECK_VALUE(
-          std::abs(e) < KEY_LIMIT - 2 * V, "bilateral_filter: sigma_rgb or sigma_xy is too small for this image");
+          std::abs(e) < KEY_LIMIT - 2 * V, "plain_filter: sigma_rgb or sigma_xy is too small for this image");
     }
 
     // The nearest vertex whose coordinates are all multiples of V; made to sum to 0 below.
@@ -213,31 +214,41 @@ class Lattice {
   std::vector<Neighbours> neighbours_; // (V, vertices)
 };
 
+// in (rows, columns) -> out (columns, rows). Not ATen's: that one takes several threads.
+void transpose(const float* in, float* out, size_t rows, size_t columns) {
+  constexpr size_t tile = 16;
+  for (size_t r0 = 0; r0 < rows; r0 += tile) {
+    for (size_t c0 = 0; c0 < columns; c0 += tile) {
+      for (size_t r = r0; r < std::min(r0 + tile, rows); ++r) {
+        for (size_t c = c0; c < std::min(c0 + tile, columns); ++c) out[c * rows + r] = in[r * columns + c];
+      }
+    }
+  }
+}
+
 // images (N, 3, H, W), maps (N, K, H, W), both float32 -> (N, K, H, W) float32.
 at::Tensor filter_cpu(const at::Tensor& images, const at::Tensor& maps, double sigma_rgb, double sigma_xy) {
-  const int64_t channels = maps.size(1), height = maps.size(2), width = maps.size(3);
-  const at::Tensor colours = images.contiguous();
-  const at::Tensor in = maps.permute({0, 2, 3, 1}).contiguous();
-  at::Tensor out = at::empty_like(in);
-  const float* colours_data = colours.const_data_ptr<float>();
-  const float* in_data = in.const_data_ptr<float>();
-  float* out_data = out.mutable_data_ptr<float>();
+  const int64_t count = maps.size(0), channels = maps.size(1), height = maps.size(2), width = maps.size(3);
+  TORCH_CHECK_VALUE(images.sizes() == at::IntArrayRef({count, 3, height, width}), "plain_filter: the sizes differ");
+  const at::Tensor colours = images.contiguous(), planes = maps.contiguous();
   const int64_t pixels = height * width;
-  at::parallel_for(0, maps.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const Lattice lattice(colours_data + n * 3 * pixels, height, width, sigma_rgb, sigma_xy);
-      lattice.filter(in_data + n * pixels * channels, out_data + n * pixels * channels, channels);
-    }
-  });
-  return out.permute({0, 3, 1, 2}).contiguous();
+  at::Tensor out = at::empty_like(planes);
+  std::vector<float> in(pixels * channels), filtered(in.size());
+  for (int64_t n = 0; n < count; ++n) {
+    const Lattice lattice(colours.const_data_ptr<float>() + n * 3 * pixels, height, width, sigma_rgb, sigma_xy);
+    transpose(planes.const_data_ptr<float>() + n * channels * pixels, in.data(), channels, pixels);
+    lattice.filter(in.data(), filtered.data(), channels);
+    transpose(filtered.data(), out.mutable_data_ptr<float>() + n * channels * pixels, pixels, channels);
+  }
+  return out;
 }
 
 } // namespace
 
-TORCH_LIBRARY(bilateralfilter, library) {
+TORCH_LIBRARY(plain_filter, library) {
   library.def("filter(Tensor images, Tensor maps, float sigma_rgb, float sigma_xy) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(bilateralfilter, CPU, library) {
+TORCH_LIBRARY_IMPL(plain_filter, CPU, library) {
   library.impl("filter", &filter_cpu);
 }

@@ -1,0 +1,116 @@
+"""The code for GPUs: its algorithm on threads of the CPU, its compilation where nvcc is, itself where a GPU is."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from bilateralfilter import DenseCRF, Lattice, _extension, bilateral_filter
+
+FOLDER = Path(__file__).parent
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or _extension.cuda_compiler() is None, reason="no GPU, or no nvcc"
+)
+
+
+def random(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def gpu_on_cpu(tmp_path_factory):
+    cpp_extension.load(
+        "gpu_on_cpu",
+        [str(FOLDER / "gpu_on_cpu.cpp")],
+        extra_include_paths=[str(_extension.FOLDER / "csrc")],
+        extra_cflags=["-O1", "-fopenmp", "-ffp-contract=off"],
+        extra_ldflags=["-fopenmp"],
+        build_directory=str(tmp_path_factory.mktemp("build")),
+        is_python_module=False,
+    )
+    return torch.ops.gpu_on_cpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dimensions", range(1, 9))
+def test_its_lattice_is_that_of_the_cpu(gpu_on_cpu, dimensions, dtype):
+    """Vertices, their numbers and their entries are equal, weights and results but for round-off."""
+    features = 4 * random(3, 257, dimensions, dtype=dtype)
+    values = random(3, 257, 37, seed=1, dtype=dtype) - 0.5
+    ours = Lattice(features)
+    parts = gpu_on_cpu.build(features)
+    vertex, weight, start, pixel = ours._parts[:4]
+    vertices = int(parts[6])
+    assert torch.equal(parts[0], vertex)
+    assert torch.equal(parts[2][: vertices + 1], start)
+    assert torch.equal(parts[3], pixel)
+    eps = 8 * torch.finfo(dtype).eps
+    assert (parts[1] - weight).abs().max() <= eps
+    for transposed in (False, True):
+        expected = ours.filter(values, transposed)
+        assert (gpu_on_cpu.apply(values, parts, transposed) - expected).abs().max() <= 8 * eps * expected.abs().max()
+
+
+def test_odd_inputs(gpu_on_cpu):
+    for images, pixels, channels in ((0, 5, 3), (2, 0, 3), (1, 1, 1), (3, 7, 0), (2, 13, 151)):
+        features, values = random(images, pixels, 5), random(images, pixels, channels, seed=1)
+        out = gpu_on_cpu.apply(values, gpu_on_cpu.build(features), False)
+        torch.testing.assert_close(out, Lattice(features).filter(values))
+    features, values = random(1, 50, 5), random(4, 50, 6, seed=1)
+    strided = values.transpose(1, 2).contiguous().transpose(1, 2)
+    parts = gpu_on_cpu.build(features)
+    expected = Lattice(features).filter(values)
+    torch.testing.assert_close(gpu_on_cpu.apply(strided, parts, False), expected)  # one lattice for several images
+    out = torch.ones_like(values)
+    gpu_on_cpu.add_(out, values, parts)
+    torch.testing.assert_close(out, expected + 1)
+
+
+def test_features_that_do_not_fit_give_nan_where_they_touch(gpu_on_cpu):
+    features = torch.zeros(1, 6, 2)
+    features[0, :, 0] = torch.tensor([0, 0.1, 0.2, 100, 100.1, 100.2])
+    features[0, 1, 1] = float("nan")
+    out = gpu_on_cpu.apply(torch.ones(1, 6, 1), gpu_on_cpu.build(features), False)[0, :, 0]
+    assert out[:3].isnan().all()
+    assert out[3:].isfinite().all()
+
+
+@pytest.mark.skipif(_extension.cuda_compiler() is None, reason="no nvcc, or a torch without CUDA")
+def test_compiles(tmp_path):
+    includes = [flag for path in cpp_extension.include_paths("cuda") for flag in ("-isystem", path)]
+    source = _extension.FOLDER / "csrc" / "cuda.cu"
+    flags = ["-std=c++20" if torch.__version__ >= "2.12" else "-std=c++17", "-arch=sm_80", "-Xcompiler", "-fPIC"]
+    command = [_extension.cuda_compiler(), "-c", str(source), "-o", str(tmp_path / "cuda.o"), *_extension.NVCC_FLAGS]
+    result = subprocess.run([*command, *flags, *includes], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "cuda.o").stat().st_size > 100_000
+
+
+@needs_gpu
+@pytest.mark.parametrize("size", [(2, 21, 112, 112), (1, 3, 61, 53), (1, 1, 1, 1), (3, 81, 17, 40)])
+def test_filter_equals_the_cpu(size):
+    images, maps = 255 * random(size[0], 3, *size[2:]), random(*size, seed=1)
+    expected = bilateral_filter(images, maps, 15, 50)
+    out = bilateral_filter(images.cuda(), maps.cuda(), 15, 50)
+    assert (out.cpu() - expected).abs().max() <= 1e-4 * expected.max()
+    assert torch.equal(out, bilateral_filter(images.cuda(), maps.cuda(), 15, 50))  # the same bits again
+
+
+@needs_gpu
+def test_filter_does_not_wait_for_the_device():
+    images, maps = 255 * random(2, 3, 40, 50).cuda(), random(2, 21, 40, 50, seed=1).cuda()
+    bilateral_filter(images, maps, 15, 50)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        bilateral_filter(images, maps, 15, 50)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_crf_equals_the_cpu():
+    images, prob = 255 * random(2, 3, 60, 70), random(2, 21, 60, 70, seed=1).softmax(1)
+    crf = DenseCRF()
+    assert (crf(images.cuda(), prob.cuda()).cpu() - crf(images, prob)).abs().max() <= 1e-3
