@@ -71,7 +71,8 @@ def test_padding_takes_no_part(scale):
     assert grad[valid[:, None].expand_as(grad)].any()
     other = torch.where(valid[:, None], logits, -logits)
     other_label = torch.where(valid, label, 0)
-    other_loss, other_grad = gradient(other, images, other_label, valid=valid, scale=scale)
+    other_images = torch.where(valid[:, None], images, 3 * torch.rand_like(images))
+    other_loss, other_grad = gradient(other, other_images, other_label, valid=valid, scale=scale)
     assert torch.equal(loss, other_loss)
     assert torch.equal(grad, other_grad)
 
@@ -116,5 +117,4 @@ def test_sizes_that_do_not_fit(which, shape):
 def test_logits_that_are_not_finite():
     logits, images, label = example()
     logits[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
-        energy_loss(logits, images, label)
+    assert energy_loss(logits, images, label).isnan()  # the trainer stops on it, naming the term
