@@ -138,8 +138,8 @@ def threshold(maps: Tensor, present: Tensor, bkg: float) -> Tensor:
 
 def crf_labels(scores: Tensor, ids: Tensor, image: np.ndarray, settings: dict) -> np.ndarray:
     """Ids uint8 (H, W) after the dense CRF over scores (C, H, W) of the ids (C,). image: uint8 (H, W, 3)."""
-    refined = dense_crf(image, scores.float().cpu().numpy(), **settings)
-    return ids.cpu().numpy().astype(np.uint8)[refined.argmax(0)]
+    refined = dense_crf(image, scores.float(), **settings)
+    return ids.to(refined.device)[refined.argmax(0)].byte().cpu().numpy()
 
 
 def _square(image: Tensor, base_size: int | None, scale: float) -> Tensor:

@@ -48,6 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.precision": ("fp32", "bf16"),
     "evaluate.image_labels": ("given", "predicted"),
     "evaluate.predict_from": ("classifier", "segmentation"),
+    "crf.backend": ("lattice", "pydensecrf"),
 }
 # Smallest and largest value (None: no limit), of every element where the value is a list.
 RANGES: dict[str, tuple[float, float | None]] = {
@@ -83,6 +84,8 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "evaluate.bkg": (0, 1),
     "evaluate.images": (1, None),
     "crf.iterations": (0, None),
+    "crf.pos_w": (0, None),
+    "crf.bi_w": (0, None),
 }
 POSITIVE = (
     "data.resize_range",
@@ -96,6 +99,9 @@ POSITIVE = (
     "evaluate.lam_scales",
     "evaluate.multi_scales",
     "evaluate.seg_scales",
+    "crf.pos_xy_std",
+    "crf.bi_xy_std",
+    "crf.bi_rgb_std",
 )
 PAIRS_HIGH_LOW = (
     "pseudo_labels.certain.aux",

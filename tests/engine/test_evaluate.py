@@ -99,9 +99,9 @@ def test_crf_starts_from_background_and_present_maps():
     prediction = predict(FakeMethod(), item.image, item.labels, evaluation_plan(settings))
     cam, image = item.image.sigmoid().numpy(), to_uint8(item.image)
     chosen = cam[[0, 2]]
-    refined = dense_crf(image, np.stack([1 - chosen.max(0), *chosen]), **settings.crf)
+    refined = dense_crf(image, torch.from_numpy(np.stack([1 - chosen.max(0), *chosen])), **settings.crf).numpy()
     np.testing.assert_array_equal(prediction.labels["cam", True], np.array([0, 1, 3])[refined.argmax(0)])
-    refined = dense_crf(image, (prediction.maps["seg"]).softmax(0).numpy(), **settings.crf)
+    refined = dense_crf(image, (prediction.maps["seg"]).softmax(0), **settings.crf).numpy()
     np.testing.assert_array_equal(prediction.labels["seg", True], refined.argmax(0))
     without = FakeSet(4)[3]   # an image without a label
     labels = predict(FakeMethod(), without.image, without.labels, evaluation_plan(settings)).labels

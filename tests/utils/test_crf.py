@@ -1,9 +1,11 @@
 """The dense CRF wrapper."""
 
+import importlib.util
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from utils.crf import dense_crf
 from utils.errors import UserError
@@ -19,10 +21,19 @@ def halves(height: int = 20, width: int = 30) -> tuple[np.ndarray, np.ndarray]:
     return image, np.stack([1 - right, right]).astype(np.float32)
 
 
-def test_pulls_labels_to_the_edges_of_the_image():
+BACKENDS = ["lattice", pytest.param("pydensecrf", marks=pytest.mark.skipif(
+    importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf is not installed"))]
+
+
+def refine(image: np.ndarray, prob: np.ndarray, **settings) -> np.ndarray:
+    return dense_crf(image, torch.from_numpy(prob), **settings).numpy()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pulls_labels_to_the_edges_of_the_image(backend):
     image, prob = halves()
     truth = image[..., 0] > 100
-    q = dense_crf(image, prob, **SETTINGS)
+    q = refine(image, prob, **SETTINGS, backend=backend)
     assert q.dtype == np.float32
     assert q.shape == prob.shape
     np.testing.assert_allclose(q.sum(0), 1, atol=1e-5)
@@ -30,21 +41,24 @@ def test_pulls_labels_to_the_edges_of_the_image():
     assert (q.argmax(0) == truth).mean() > 0.99
 
 
-def test_without_iterations_it_normalises_clipped_scores():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_iterations_it_normalises_clipped_scores(backend):
     image, prob = halves()
     prob[0, :3], prob[1, 5:8] = 0, 2.5
     clipped = np.clip(prob, 1e-5, 1)
-    q = dense_crf(image, prob, **{**SETTINGS, "iterations": 0})
+    q = refine(image, prob, **{**SETTINGS, "iterations": 0}, backend=backend)
     np.testing.assert_allclose(q, clipped / clipped.sum(0), rtol=1e-4)
 
 
-def test_leaves_its_input_alone_and_takes_any_layout():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leaves_its_input_alone_and_takes_any_layout(backend):
     image, prob = halves()
     before = prob.copy()
-    q = dense_crf(image, prob, **SETTINGS)
+    q = refine(image, prob, **SETTINGS, backend=backend)
     np.testing.assert_array_equal(prob, before)
     flipped = np.asfortranarray(image)
-    np.testing.assert_array_equal(dense_crf(flipped, np.asfortranarray(prob.astype(np.float64)), **SETTINGS), q)
+    strided = np.asfortranarray(prob.astype(np.float64))
+    np.testing.assert_array_equal(refine(flipped, strided, **SETTINGS, backend=backend), q)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +72,21 @@ def test_leaves_its_input_alone_and_takes_any_layout():
 )
 def test_wrong_arguments(image, prob, message):
     with pytest.raises(ValueError, match=message):
-        dense_crf(image, prob, **SETTINGS)
+        refine(image, prob, **SETTINGS)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="lattice or pydensecrf, not other"):
+        refine(*halves(), **SETTINGS, backend="other")
+
+
+def test_both_backends_agree():
+    pytest.importorskip("pydensecrf", reason="pydensecrf is not installed")
+    ours, theirs = (refine(*halves(), **SETTINGS, backend=backend) for backend in ("lattice", "pydensecrf"))
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
 def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     with pytest.raises(UserError, match="pip install pydensecrf2"):
-        dense_crf(*halves(), **SETTINGS)
+        refine(*halves(), **SETTINGS, backend="pydensecrf")
