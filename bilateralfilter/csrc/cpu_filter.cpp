@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t WIDTH = 8;   // channels are handled in multiples of this ...
 constexpr int64_t WIDEST = 96; // ... and at most this many at once, which bounds the memory
-constexpr int64_t AHEAD = 12;  // rows that are fetched before they are needed
+constexpr int64_t AHEAD = 12;  // rows that are fetched before they are needed ...
+constexpr int64_t FAR = 1 << 21; // ... where all rows together have more values than stay close to the processor
 
 // What a mean-field update needs besides the values.
 struct MeanField {

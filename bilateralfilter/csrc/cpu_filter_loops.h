@@ -88,8 +88,9 @@ void splat(const Lattice<T>& lattice, int64_t image, int64_t begin, int64_t end,
            int64_t stride, T* rows) {
   const int32_t *start = lattice.start + lattice.image_start[image], *pixel = lattice.pixel;
   const int64_t first = image * lattice.pixels, last = int64_t(start[end]) - 1;
+  const bool far = lattice.pixels * stride > FAR;
   for (int64_t v = begin; v < end; ++v) {
-    for (int64_t i = start[v]; i < start[v + 1]; ++i) {
+    for (int64_t i = start[v]; i < start[v + 1] && far; ++i) {
       fetch<0>(in + (pixel[std::min(i + AHEAD, last)] - first) * stride, width);
     }
     segments<T>(width, [&](auto segment, int64_t k) {
@@ -102,12 +103,13 @@ void splat(const Lattice<T>& lattice, int64_t image, int64_t begin, int64_t end,
 template <class T>
 void blur(const Lattice<T>& lattice, int64_t image, const int32_t* chain, const int32_t* end, int64_t width, T* rows) {
   const int64_t first = lattice.image_start[image];
+  const bool far = lattice.vertices(image) * width > FAR;
   while (chain < end) {
     segments<T>(width, [&](auto segment, int64_t k) {
       segment.blur(chain, [=](int32_t v) { return rows + ((v < 0 ? ~v : v) - first) * width + k; });
     });
     while (*chain++ >= 0) {
-      if (chain + AHEAD < end) {
+      if (far && chain + AHEAD < end) {
         const int32_t v = chain[AHEAD];
         fetch<1>(rows + ((v < 0 ? ~v : v) - first) * width, width);
       }
@@ -122,7 +124,7 @@ inline __attribute__((always_inline)) void slice_pixel(const Lattice<T>& lattice
   typedef typename Vector<T>::type Pack;
   const int64_t V = lattice.V, first = lattice.image_start[image], entry = (image * lattice.pixels + p) * V;
   const T scale = alpha<T>(V);
-  if (p + 4 < lattice.pixels) {
+  if (p + 4 < lattice.pixels && lattice.vertices(image) * width > FAR) {
     for (int64_t e = entry + 4 * V; e < entry + 5 * V; ++e) {
       fetch<0>(rows + (lattice.vertex[e] - first) * width, width);
     }
