@@ -148,7 +148,8 @@ def _reach(std: float) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _smoothness_stencil(height: int, width: int, std: float, weight: float, device: torch.device) -> Tensor:
-    return stencil_of(_smoothness(height, width, std, weight, device), height, width, _reach(std))
+    """The same kernel, written out; its lattice is not kept."""
+    return stencil_of(_smoothness.__wrapped__(height, width, std, weight, device), height, width, _reach(std))
 
 
 @functools.lru_cache(maxsize=8)

@@ -23,6 +23,10 @@ struct MeanField {
   const float* stencil;     // (pixels, side, side): weights of the pixels around, 0 where there is none
   int64_t side, image_width, pixels, width, classes;
   float copies;
+  // Where one class more than a multiple of WIDTH would cost another WIDTH channels, the last has none: probabilities
+  // sum to 1, so what it gets is the rest of `total`, what pixels get of a value that is 1 everywhere; else nullptr.
+  const float *total, *last_u;
+  float* last_q;
 };
 
 #define INNER_LOOPS "cpu_filter_loops.h"
@@ -172,6 +176,12 @@ at::Tensor large(at::IntArrayRef size, const at::TensorOptions& options) {
   return tensor;
 }
 
+// What the pixels of image n get of a value that is 1 everywhere.
+at::Tensor filter_of_ones(at::TensorList parts, int64_t n) {
+  at::Tensor ones = at::ones({parts[0].size(0), parts[0].size(1), 1}, parts[1].options());
+  return apply(ones, parts, false)[parts[0].size(0) == 1 ? 0 : n].select(1, 0);
+}
+
 // q = softmax(u) with u = log(prob), prob at least `least` and at most 1; then `iterations` times q <- softmax(u + sum of
 // the lattices' and the stencil's filters of q). prob -> q: float32 (images, channels, pixels); the last channel stands
 // for `copies` equal ones. stencil: (pixels, side, side), weights of the pixels around; side 0: none.
@@ -182,9 +192,12 @@ at::Tensor mean_field(const at::Tensor& prob, double least, at::TensorList parts
           stencil.is_contiguous() && stencil.scalar_type() == at::kFloat && stencil.size(0) == prob.size(2) &&
           stencil.size(1) == stencil.size(2) && (stencil.size(1) == 0 || stencil.size(1) % 2 == 1),
       "bilateralfilter: mean_field does not take these tensors");
-  const int64_t channels = prob.size(1), pixels = prob.size(2), width = padded(channels);
+  const bool rest = prob.size(1) % WIDTH == 1 && prob.size(1) > 1; // the last class has no channel
+  const int64_t classes = prob.size(1), pixels = prob.size(2), channels = classes - rest, width = padded(channels);
+  at::Tensor total = at::empty({pixels}, prob.options()), last_u = at::empty_like(total);
   MeanField field{{}, {}, stencil.const_data_ptr<float>(), stencil.size(1), image_width, pixels, width, channels,
-                  static_cast<float>(copies)};
+                  static_cast<float>(copies), rest ? total.const_data_ptr<float>() : nullptr,
+                  last_u.const_data_ptr<float>(), nullptr};
   std::vector<at::Tensor> buffers;
   auto buffer = [&](int64_t rows) {
     buffers.push_back(large({rows, width}, prob.options()));
@@ -204,6 +217,12 @@ at::Tensor mean_field(const at::Tensor& prob, double least, at::TensorList parts
          channels, width, 1.0f, start);
     u.clamp_(least, 1).log_();
     u.slice(1, channels).fill_(-std::numeric_limits<float>::infinity());
+    if (rest) {
+      at::clamp_out(last_u, prob[n][channels], least, 1).log_();
+      at::sum_out(total, stencil, {1, 2});
+      for (size_t l = 0; l < parts.size(); l += 9) total += filter_of_ones(parts.slice(l, 9), n);
+      field.last_q = q[n][channels].mutable_data_ptr<float>();
+    }
     for (int64_t i = 0; i <= iterations; ++i) {
       for (size_t l = 0; l < field.lattices.size() && i > 0; ++l) {
         splat_and_blur(field.lattices[l], image_of(field.lattices[l], n), false, width, now, width, field.rows[l]);

@@ -183,36 +183,46 @@ inline void add_stencil(const MeanField& field, int64_t begin, int64_t end, cons
   }
 }
 
-// In place, values of one pixel become their softmax. The last of `classes` counts `copies` times in the sum.
-inline __attribute__((always_inline)) void softmax(float* row, int64_t width, int64_t classes, float copies) {
+// One mean-field update of pixels [begin, end) of an image: to = softmax(u + what the lattices' rows and the stencil make
+// of q); first: of u alone. u, q, to: of the image's first pixel.
+inline void update(const MeanField& field, int64_t image, bool first, int64_t begin, int64_t end, const float* u,
+                   const float* q, float* to) {
   typedef typename Vector<float>::type Pack;
   constexpr int64_t LANES = BYTES / sizeof(float);
-  Pack* pack = reinterpret_cast<Pack*>(row);
-  const int64_t packs = width / LANES;
-  Pack most = pack[0];
-  for (int64_t i = 1; i < packs; ++i) most = pack[i] > most ? pack[i] : most;
-  float top = most[0];
-  for (int64_t k = 1; k < LANES; ++k) top = std::max(top, most[k]);
-  Pack sums = {};
-  for (int64_t i = 0; i < packs; ++i) sums += pack[i] = exp_pack(pack[i] - top);
-  float sum = (copies - 1) * row[classes - 1];
-  for (int64_t k = 0; k < LANES; ++k) sum += sums[k];
-  const float scale = 1 / sum;
-  for (int64_t i = 0; i < packs; ++i) pack[i] *= scale;
-}
-
-// One mean-field update of pixels [begin, end) of an image: to = softmax(log_prob + what the lattices' rows and the
-// stencil make of q); first: of log_prob alone. log_prob, q, to: of the image's first pixel.
-inline void update(const MeanField& field, int64_t image, bool first, int64_t begin, int64_t end, const float* log_prob,
-                   const float* q, float* to) {
-  const int64_t width = field.width;
-  std::copy(log_prob + begin * width, log_prob + end * width, to + begin * width);
+  const int64_t width = field.width, packs = width / LANES;
+  std::fill(to + begin * width, to + end * width, 0.0f);
   if (field.side > 0 && !first) add_stencil(field, begin, end, q, to);
   for (int64_t p = begin; p < end; ++p) {
+    float* row = to + p * width;
     for (size_t l = 0; l < field.lattices.size() && !first; ++l) {
       const Lattice<float>& lattice = field.lattices[l];
-      slice_pixel(lattice, lattice.images == 1 ? 0 : image, p, width, field.rows[l], to + p * width, true);
+      slice_pixel(lattice, lattice.images == 1 ? 0 : image, p, width, field.rows[l], row, true);
     }
-    softmax(to + p * width, width, field.classes, field.copies);
+    Pack *pack = reinterpret_cast<Pack*>(row), sums = {};
+    const Pack* own = reinterpret_cast<const Pack*>(u + p * width);
+    for (int64_t i = 0; i < packs; ++i) sums += pack[i];
+    Pack most = pack[0] + own[0];
+    for (int64_t i = 0; i < packs; ++i) {
+      pack[i] += own[i];
+      most = pack[i] > most ? pack[i] : most;
+    }
+    float top = most[0], given = sums[0];
+    for (int64_t k = 1; k < LANES; ++k) {
+      top = std::max(top, most[k]);
+      given += sums[k];
+    }
+    float last = 0; // of the class that has no channel
+    if (field.total != nullptr) {
+      last = field.last_u[p] + (first ? 0.0f : (field.total[p] - given) / field.copies);
+      top = std::max(top, last);
+      last = std::exp(last - top);
+    }
+    sums = Pack{};
+    for (int64_t i = 0; i < packs; ++i) sums += pack[i] = exp_pack(pack[i] - top);
+    float sum = field.total != nullptr ? field.copies * last : (field.copies - 1) * row[field.classes - 1];
+    for (int64_t k = 0; k < LANES; ++k) sum += sums[k];
+    const float scale = 1 / sum;
+    for (int64_t i = 0; i < packs; ++i) pack[i] *= scale;
+    if (field.total != nullptr) field.last_q[p] = last * scale;
   }
 }
