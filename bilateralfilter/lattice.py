@@ -37,7 +37,7 @@ def _(features: Tensor) -> list[Tensor]:
     entries = images * pixels * corners
     start = features.new_empty(size(), **ints)
     parts = [vertex, weight, start, features.new_empty(entries, **ints), features.new_empty(entries)]
-    if features.device.type == "cpu" and _extension.load("cpu"):  # image_start, image_chunk, chain_start, chain
+    if features.device.type == "cpu" and _extension.load("cpu"):  # image_start, image_piece, chain_start, chain
         return [*parts, *(features.new_empty(n, **ints) for n in (images + 1, images + 1, size(), size()))]
     return [*parts, features.new_empty(corners, 2, size(), **ints), features.new_empty(1, **ints)]
 

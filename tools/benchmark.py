@@ -17,6 +17,7 @@ exit code 1.
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import statistics
@@ -40,6 +41,7 @@ from bilateralfilter import DenseCRF, _extension, bilateral_filter  # noqa: E402
 from datasets import shapes  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from utils.config import load_config  # noqa: E402
+from utils.crf import dense_crf  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.images import read_rgb  # noqa: E402
 
@@ -113,22 +115,11 @@ def crf_rivals(images: Tensor, channels: int, device: str) -> Rivals:
 def pydensecrf_call(images: Tensor, prob: Tensor, parameters: dict) -> Callable[[], Tensor] | None:
     """The same inference through pydensecrf, one image after the other; None where it is not installed."""
     try:
-        from pydensecrf.densecrf import DenseCRF2D
+        importlib.import_module("pydensecrf.densecrf")
     except ImportError:
         return None
-    pictures = images.permute(0, 2, 3, 1).contiguous().numpy()
-    classes, height, width = prob.shape[1:]
-
-    def one(picture: np.ndarray, scores: np.ndarray) -> Tensor:
-        crf = DenseCRF2D(width, height, classes)
-        crf.setUnaryEnergy(-np.log(scores.clip(1e-5, 1)).reshape(classes, -1))
-        crf.addPairwiseGaussian(sxy=parameters["pos_xy_std"], compat=parameters["pos_w"])
-        crf.addPairwiseBilateral(
-            sxy=parameters["bi_xy_std"], srgb=parameters["bi_rgb_std"], rgbim=picture, compat=parameters["bi_w"]
-        )
-        return torch.from_numpy(np.array(crf.inference(parameters["iterations"]))).view(classes, height, width)
-
-    return lambda: torch.stack([one(*pair) for pair in zip(pictures, prob.numpy(), strict=True)])
+    pairs = list(zip(images.permute(0, 2, 3, 1).numpy(), prob, strict=True))
+    return lambda: torch.stack([dense_crf(*pair, backend="pydensecrf", **parameters) for pair in pairs])
 
 
 def compare(

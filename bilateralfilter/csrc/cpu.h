@@ -37,6 +37,10 @@ struct Lattice {
         chain(parts[8].const_data_ptr<int32_t>()), images(parts[0].size(0)), pixels(parts[0].size(1)),
         V(parts[0].size(2)) {}
 
+  static constexpr int PARTS = 9;
+
+  // The image of the lattice that image n of the values uses: one lattice may serve all.
+  int64_t image_of(int64_t n) const { return images == 1 ? 0 : n; }
   int64_t vertices(int64_t image) const { return image_start[image + 1] - image_start[image]; }
 };
 

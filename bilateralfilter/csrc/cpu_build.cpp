@@ -68,13 +68,11 @@ class ChunkTable {
   std::vector<uint16_t> slots_ = std::vector<uint16_t>(2048, 0);
 };
 
-// Numbers keys in the order they come in. Open addressing, never more than half full; forgets all at `clear`.
+// Numbers keys in the order they come in. Open addressing, never more than half full.
 template <int D>
 class Table {
  public:
   std::vector<Key<D>> keys; // by number
-
-  explicit Table(size_t slots = 64) : slots_(slots, 0) {}
 
   // The key's number, or -1.
   int32_t find(const Key<D>& key, uint64_t hash) const { return static_cast<int32_t>(slots_[slot(key, hash)]) - 1; }
@@ -88,11 +86,6 @@ class Table {
     slots_[s] = tag(hash) | keys.size();
     if (2 * keys.size() > slots_.size()) grow();
     return static_cast<int32_t>(keys.size()) - 1;
-  }
-
-  void clear() {
-    keys.clear();
-    std::fill(slots_.begin(), slots_.end(), 0);
   }
 
  private:
@@ -120,7 +113,7 @@ class Table {
     }
   }
 
-  std::vector<uint64_t> slots_;
+  std::vector<uint64_t> slots_ = std::vector<uint64_t>(64, 0);
 };
 
 // The lattice of a batch, built phase by phase. Pixels are counted over all images; an entry is one of a pixel's V

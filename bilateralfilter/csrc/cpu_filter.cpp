@@ -98,10 +98,6 @@ void unpack(const T* rows, int64_t width, int64_t pixels, int64_t channels, T* t
 // Rows of channels that can be read and written where they lie.
 bool is_rows(const at::Tensor& x) { return x.is_contiguous() && x.size(2) % WIDTH == 0; }
 
-// The image of a lattice that image n of the values uses: one lattice may serve all.
-template <class T>
-int64_t image_of(const Lattice<T>& lattice, int64_t n) { return lattice.images == 1 ? 0 : n; }
-
 template <class T>
 int64_t most_vertices(const Lattice<T>& lattice) {
   int64_t most = 0;
@@ -121,7 +117,7 @@ void filter(const at::Tensor& values, at::TensorList parts, bool transposed, at:
   at::Tensor pixel_rows = at::empty({in_place ? 0 : pixels, widest}, values.options());
   T* buffer = pixel_rows.mutable_data_ptr<T>();
   for (int64_t n = 0; n < values.size(0); ++n) {
-    const int64_t image = image_of(lattice, n);
+    const int64_t image = lattice.image_of(n);
     for (int64_t k = 0; k < channels; k += widest) {
       const int64_t some = std::min(widest, channels - k), width = padded(some);
       const T* in = values.const_data_ptr<T>() + n * values.stride(0) + k * values.stride(2);
@@ -188,7 +184,7 @@ at::Tensor filter_of_ones(at::TensorList parts, int64_t n) {
 at::Tensor mean_field(const at::Tensor& prob, double least, at::TensorList parts, const at::Tensor& stencil,
                       int64_t image_width, double copies, int64_t iterations) {
   TORCH_CHECK_VALUE(
-      prob.dim() == 3 && prob.scalar_type() == at::kFloat && prob.size(1) > 0 && parts.size() % 9 == 0 &&
+      prob.dim() == 3 && prob.scalar_type() == at::kFloat && prob.size(1) > 0 && parts.size() % Lattice<float>::PARTS == 0 &&
           stencil.is_contiguous() && stencil.scalar_type() == at::kFloat && stencil.size(0) == prob.size(2) &&
           stencil.size(1) == stencil.size(2) && (stencil.size(1) == 0 || stencil.size(1) % 2 == 1),
       "bilateralfilter: mean_field does not take these tensors");
@@ -203,10 +199,10 @@ at::Tensor mean_field(const at::Tensor& prob, double least, at::TensorList parts
     buffers.push_back(large({rows, width}, prob.options()));
     return buffers.back().mutable_data_ptr<float>();
   };
-  for (size_t i = 0; i < parts.size(); i += 9) {
+  for (size_t i = 0; i < parts.size(); i += Lattice<float>::PARTS) {
     TORCH_CHECK_VALUE(parts[i].size(1) == pixels && (parts[i].size(0) == 1 || parts[i].size(0) == prob.size(0)),
                       "bilateralfilter: prob ", prob.sizes(), " does not fit the lattice ", parts[i].sizes());
-    field.lattices.emplace_back(parts.slice(i, 9));
+    field.lattices.emplace_back(parts.slice(i, Lattice<float>::PARTS));
     field.rows.push_back(buffer(most_vertices(field.lattices.back())));
   }
   const auto update = have_wide() ? wide::update : baseline::update;
@@ -220,12 +216,14 @@ at::Tensor mean_field(const at::Tensor& prob, double least, at::TensorList parts
     if (rest) {
       at::clamp_out(last_u, prob[n][channels], least, 1).log_();
       at::sum_out(total, stencil, {1, 2});
-      for (size_t l = 0; l < parts.size(); l += 9) total += filter_of_ones(parts.slice(l, 9), n);
+      for (size_t i = 0; i < parts.size(); i += Lattice<float>::PARTS) {
+        total += filter_of_ones(parts.slice(i, Lattice<float>::PARTS), n);
+      }
       field.last_q = q[n][channels].mutable_data_ptr<float>();
     }
     for (int64_t i = 0; i <= iterations; ++i) {
       for (size_t l = 0; l < field.lattices.size() && i > 0; ++l) {
-        splat_and_blur(field.lattices[l], image_of(field.lattices[l], n), false, width, now, width, field.rows[l]);
+        splat_and_blur(field.lattices[l], field.lattices[l].image_of(n), false, width, now, width, field.rows[l]);
       }
       parallel_pieces(pixels, [&](int64_t begin, int64_t end) { update(field, n, i == 0, begin, end, start, now, next); });
       std::swap(now, next);

@@ -121,7 +121,6 @@ void blur(const Lattice<T>& lattice, int64_t image, const int32_t* chain, const 
 template <class T>
 inline __attribute__((always_inline)) void slice_pixel(const Lattice<T>& lattice, int64_t image, int64_t p,
                                                        int64_t width, const T* rows, T* out, bool add) {
-  typedef typename Vector<T>::type Pack;
   const int64_t V = lattice.V, first = lattice.image_start[image], entry = (image * lattice.pixels + p) * V;
   const T scale = alpha<T>(V);
   if (p + 4 < lattice.pixels && lattice.vertices(image) * width > FAR) {
@@ -196,7 +195,7 @@ inline void update(const MeanField& field, int64_t image, bool first, int64_t be
     float* row = to + p * width;
     for (size_t l = 0; l < field.lattices.size() && !first; ++l) {
       const Lattice<float>& lattice = field.lattices[l];
-      slice_pixel(lattice, lattice.images == 1 ? 0 : image, p, width, field.rows[l], row, true);
+      slice_pixel(lattice, lattice.image_of(image), p, width, field.rows[l], row, true);
     }
     Pack *pack = reinterpret_cast<Pack*>(row), sums = {};
     const Pack* own = reinterpret_cast<const Pack*>(u + p * width);
