@@ -13,7 +13,7 @@ namespace {
 #define INNER_LOOPS "cpu_build_loops.h"
 #include "instruction_sets.h"
 
-constexpr int64_t CHUNK = 2048; // pixels whose keys are numbered together first
+constexpr int64_t CHUNK = 4096; // pixels whose keys are numbered together first
 constexpr int PARTS = 64;       // of an image's hash table, by the upper bits of the hash
 constexpr int AHEAD = 8;        // vertices whose neighbours' slots are fetched before the first is looked at
 
@@ -46,7 +46,7 @@ class ChunkTable {
     }
     keys.push_back(key);
     slots_[s] = static_cast<uint16_t>(keys.size());
-    if (4 * keys.size() > slots_.size()) grow();
+    if (8 * keys.size() > slots_.size()) grow();
     return static_cast<int32_t>(keys.size()) - 1;
   }
 
@@ -65,7 +65,7 @@ class ChunkTable {
     }
   }
 
-  std::vector<uint16_t> slots_ = std::vector<uint16_t>(2048, 0);
+  std::vector<uint16_t> slots_ = std::vector<uint16_t>(8192, 0);
 };
 
 // Numbers keys in the order they come in. Open addressing, never more than half full.
@@ -173,16 +173,19 @@ class Builder {
     const Frame<T, D> frame;
     const auto find_simplices = have_wide() ? wide::all_simplices<T, D> : baseline::all_simplices<T, D>;
     parallel(chunks_, [&](int64_t c) {
-      thread_local ChunkTable<D> table;
-      thread_local std::vector<Key<D>> keys;
+      thread_local ChunkTable<D> of_thread;
+      thread_local std::vector<Key<D>> keys_of_thread(CHUNK * V);
+      ChunkTable<D>& table = of_thread;
+      Key<D>* const keys = keys_of_thread.data();
       table.clear();
       const auto [begin, end] = pixels_of(c);
-      keys.resize((end - begin) * V);
-      if (!find_simplices(features + begin * D, end - begin, frame, keys.data(), weight_ + begin * V)) fit = false;
-      for (size_t i = 0; i < keys.size(); ++i) vertex_[begin * V + i] = table.find_or_add(keys[i], keys[i].hash());
-      chunk_[c].keys = table.keys;
-      chunk_[c].count.assign(table.keys.size(), 0);
-      for (int64_t e = begin * V; e < end * V; ++e) ++chunk_[c].count[vertex_[e]];
+      if (!find_simplices(features + begin * D, end - begin, frame, keys, weight_ + begin * V)) fit = false;
+      int32_t* const number = vertex_ + begin * V;
+      const int64_t entries = (end - begin) * V;
+      for (int64_t e = 0; e < entries; ++e) number[e] = table.find_or_add(keys[e], keys[e].hash());
+      std::vector<int32_t> count(table.keys.size(), 0);
+      for (int64_t e = 0; e < entries; ++e) ++count[number[e]];
+      chunk_[c] = {table.keys, std::move(count)};
     });
     TORCH_CHECK_VALUE(fit, "bilateralfilter: features are not finite, or too large: sigmas too small for this image");
   }
@@ -285,12 +288,15 @@ class Builder {
     T* pixel_weight = pixel_weight_of_.mutable_data_ptr<T>();
     parallel(chunks_, [&](int64_t c) {
       const auto [begin, end] = pixels_of(c);
+      int32_t *const place = next.get() + chunk_start_[c], *const of_pixel = vertex_;
+      const int32_t* const number = number_.get() + chunk_start_[c];
+      const T* const weight = weight_;
       for (int64_t p = begin; p < end; ++p) {
         for (int64_t e = p * V; e < (p + 1) * V; ++e) {
-          const int32_t key = chunk_start_[c] + vertex_[e], at = next[key]++;
+          const int32_t key = of_pixel[e], at = place[key]++;
           pixel[at] = static_cast<int32_t>(p);
-          pixel_weight[at] = weight_[e];
-          vertex_[e] = number_[key];
+          pixel_weight[at] = weight[e];
+          of_pixel[e] = number[key];
         }
       }
     });

@@ -52,20 +52,37 @@ void splat_and_blur(const Lattice<T>& lattice, int64_t image, bool transposed, i
   }
 }
 
-// (pixels, channels) of any strides -> rows of `width` values, `filler` after the channels.
+// Fresh memory of many pages costs more time in page faults than in use; larger pages make fewer of them.
+at::Tensor large(at::Tensor tensor) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, last = (begin + tensor.nbytes()) / PAGE * PAGE;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
+// (pixels, channels) of any strides -> rows of `width` values, `filler` after the channels. In squares, so that of planes
+// every line of memory is read at once.
 template <class T>
 void pack(const T* from, int64_t pixel_stride, int64_t channel_stride, int64_t pixels, int64_t channels, int64_t width,
           T filler, T* rows) {
   parallel_pieces(pixels, [&](int64_t begin, int64_t end) {
     for (int64_t k = 0; k < width; k += WIDTH) {
       const int64_t count = std::min(WIDTH, channels - k);
-      for (int64_t p = begin; p < end; ++p) {
-        const T* x = from + p * pixel_stride + k * channel_stride;
-        T* to = rows + p * width + k;
-        if (count == WIDTH) {
-          for (int64_t j = 0; j < WIDTH; ++j) to[j] = x[j * channel_stride];
-        } else {
-          for (int64_t j = 0; j < WIDTH; ++j) to[j] = j < count ? x[j * channel_stride] : filler;
+      const T* const first = from + k * channel_stride;
+      int64_t p = begin;
+      for (; p + WIDTH <= end && count == WIDTH && pixel_stride == 1; p += WIDTH) {
+        T square[WIDTH][WIDTH];
+        for (int64_t j = 0; j < WIDTH; ++j) std::copy_n(first + j * channel_stride + p, WIDTH, square[j]);
+        for (int64_t x = 0; x < WIDTH; ++x) {
+          for (int64_t j = 0; j < WIDTH; ++j) rows[(p + x) * width + k + j] = square[j][x];
+        }
+      }
+      for (; p < end; ++p) {
+        for (int64_t j = 0; j < WIDTH; ++j) {
+          rows[p * width + k + j] = j < count ? first[p * pixel_stride + j * channel_stride] : filler;
         }
       }
     }
@@ -114,7 +131,7 @@ void filter(const at::Tensor& values, at::TensorList parts, bool transposed, at:
   at::Tensor vertex_rows = at::empty({most_vertices(lattice), widest}, values.options());
   T* rows = vertex_rows.mutable_data_ptr<T>();
   const bool in_place = is_rows(values) && is_rows(out);
-  at::Tensor pixel_rows = at::empty({in_place ? 0 : pixels, widest}, values.options());
+  at::Tensor pixel_rows = large(at::empty({in_place ? 0 : pixels, widest}, values.options()));
   T* buffer = pixel_rows.mutable_data_ptr<T>();
   for (int64_t n = 0; n < values.size(0); ++n) {
     const int64_t image = lattice.image_of(n);
@@ -149,7 +166,7 @@ void filter_any(const at::Tensor& values, at::TensorList lattice, bool transpose
 }
 
 at::Tensor apply(const at::Tensor& values, at::TensorList lattice, bool transposed) {
-  at::Tensor out = at::empty_like(values);
+  at::Tensor out = large(at::empty_like(values));
   filter_any(values, lattice, transposed, out, false);
   return out;
 }
@@ -158,18 +175,6 @@ void add_(at::Tensor& out, const at::Tensor& values, at::TensorList lattice) {
   TORCH_CHECK_VALUE(is_rows(values) && is_rows(out),
                     "bilateralfilter: add_ takes contiguous tensors with channels a multiple of ", WIDTH);
   filter_any(values, lattice, false, out, true);
-}
-
-// Fresh memory of this size costs more time in page faults than in use; larger pages make fewer of them.
-at::Tensor large(at::IntArrayRef size, const at::TensorOptions& options) {
-  at::Tensor tensor = at::empty(size, options);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t PAGE = 1 << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, last = (begin + tensor.nbytes()) / PAGE * PAGE;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return tensor;
 }
 
 // What the pixels of image n get of a value that is 1 everywhere.
@@ -196,7 +201,7 @@ at::Tensor mean_field(const at::Tensor& prob, double least, at::TensorList parts
                   last_u.const_data_ptr<float>(), nullptr};
   std::vector<at::Tensor> buffers;
   auto buffer = [&](int64_t rows) {
-    buffers.push_back(large({rows, width}, prob.options()));
+    buffers.push_back(large(at::empty({rows, width}, prob.options())));
     return buffers.back().mutable_data_ptr<float>();
   };
   for (size_t i = 0; i < parts.size(); i += Lattice<float>::PARTS) {
@@ -206,7 +211,7 @@ at::Tensor mean_field(const at::Tensor& prob, double least, at::TensorList parts
     field.rows.push_back(buffer(most_vertices(field.lattices.back())));
   }
   const auto update = have_wide() ? wide::update : baseline::update;
-  at::Tensor q = large(prob.sizes(), prob.options()), u = large({pixels, width}, prob.options());
+  at::Tensor q = large(at::empty(prob.sizes(), prob.options())), u = large(at::empty({pixels, width}, prob.options()));
   float *start = u.mutable_data_ptr<float>(), *now = buffer(pixels), *next = buffer(pixels);
   for (int64_t n = 0; n < q.size(0); ++n) {
     pack(prob.const_data_ptr<float>() + n * prob.stride(0), prob.stride(2), prob.stride(1), pixels,

@@ -24,9 +24,9 @@ struct Segment {
     for (int k = 0; k < N; ++k) at(to)[k] = add ? at(to)[k] + scale * sum[k] : scale * sum[k];
   }
 
-  // Two neighbours at once, which share most of their windows: to0, to1 += the sums over a window of side * side pixels,
+  // Two neighbours at once, which share most of their windows: to0, to1 = the sums over a window of side * side pixels,
   // whose first pixel of the first neighbour is `corner`; `step` lies between pixels, `stride` between rows of them.
-  static void add_windows(const T* weight0, const T* weight1, int64_t side, const T* corner, int64_t step,
+  static void sum_windows(const T* weight0, const T* weight1, int64_t side, const T* corner, int64_t step,
                           int64_t stride, T* to0, T* to1) {
     Pack sum0[N] = {}, sum1[N] = {};
     for (int64_t y = 0; y < side; ++y, weight0 += side, weight1 += side, corner += stride) {
@@ -41,8 +41,8 @@ struct Segment {
       }
       for (int k = 0; k < N; ++k) sum1[k] += weight1[side - 1] * at(corner + side * step)[k];
     }
-    for (int k = 0; k < N; ++k) at(to0)[k] += sum0[k];
-    for (int k = 0; k < N; ++k) at(to1)[k] += sum1[k];
+    for (int k = 0; k < N; ++k) at(to0)[k] = sum0[k];
+    for (int k = 0; k < N; ++k) at(to1)[k] = sum1[k];
   }
 
   // One chain, in place: what a vertex was is kept until the next one has used it.
@@ -158,8 +158,8 @@ inline __attribute__((always_inline)) typename Vector<float>::type exp_pack(type
   return x < least ? Pack{} : y * reinterpret_cast<const Pack&>(power);
 }
 
-// to += what the stencil gives pixels [begin, end) of an image.
-inline void add_stencil(const MeanField& field, int64_t begin, int64_t end, const float* q, float* to) {
+// to = what the stencil gives pixels [begin, end) of an image.
+inline void apply_stencil(const MeanField& field, int64_t begin, int64_t end, const float* q, float* to) {
   const int64_t width = field.width, side = field.side, reach = side / 2, window = side * side;
   const int64_t farthest = reach * field.image_width + reach;
   for (int64_t p = begin; p < end; ++p) {
@@ -167,7 +167,7 @@ inline void add_stencil(const MeanField& field, int64_t begin, int64_t end, cons
     float* row = to + p * width;
     if (p >= farthest && p + 1 < end && p + 1 + farthest < field.pixels) {
       segments<float>(width, [&](auto segment, int64_t k) {
-        segment.add_windows(weight, weight + window, side, here - farthest * width + k, width,
+        segment.sum_windows(weight, weight + window, side, here - farthest * width + k, width,
                             field.image_width * width, row + k, row + width + k);
       });
       ++p;
@@ -177,7 +177,7 @@ inline void add_stencil(const MeanField& field, int64_t begin, int64_t end, cons
       segment.gather(0, window, weight, [&](int64_t i) {
         const int64_t other = p + (i / side - reach) * field.image_width + i % side - reach;
         return q + std::clamp<int64_t>(other, 0, field.pixels - 1) * width + k;
-      }, 1.0f, true, row + k);
+      }, 1.0f, false, row + k);
     });
   }
 }
@@ -189,8 +189,11 @@ inline void update(const MeanField& field, int64_t image, bool first, int64_t be
   typedef typename Vector<float>::type Pack;
   constexpr int64_t LANES = BYTES / sizeof(float);
   const int64_t width = field.width, packs = width / LANES;
-  std::fill(to + begin * width, to + end * width, 0.0f);
-  if (field.side > 0 && !first) add_stencil(field, begin, end, q, to);
+  if (field.side > 0 && !first) {
+    apply_stencil(field, begin, end, q, to);
+  } else {
+    std::fill(to + begin * width, to + end * width, 0.0f);
+  }
   for (int64_t p = begin; p < end; ++p) {
     float* row = to + p * width;
     for (size_t l = 0; l < field.lattices.size() && !first; ++l) {

@@ -70,12 +70,8 @@ std::vector<at::Tensor> build(const Device& device, const at::Tensor& features) 
   const T* feature = features.const_data_ptr<T>();
   const Frame<T, D> frame;
   device.run(images * pixels, [=] BODY(int64_t p) {
-    Key<D> own[V][1];
-    const bool fits = simplices<T, D, 1>(feature + p * D, frame, own, weight + p * V);
-    for (int k = 0; k < V; ++k) {
-      keys[p * V + k] = own[k][0];
-      if (!fits) weight[p * V + k] = static_cast<T>(NAN);
-    }
+    if (simplices<T, D, 1>(feature + p * D, frame, keys + p * V, weight + p * V)) return;
+    for (int k = 0; k < V; ++k) weight[p * V + k] = static_cast<T>(NAN);
   });
 
   // 2. Every entry finds its slot in the table; `first` of a slot: the first of its entries.

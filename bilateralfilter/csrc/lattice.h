@@ -73,10 +73,10 @@ template <class T>
 SHARED T alpha(int64_t v) { return T(1) / (T(1) + T(2) / (T(1) * (int64_t(1) << v))); }
 
 // The D + 1 vertices around each of W features and their barycentric weights, which sum to 1 (section 3.2).
-// features: W times D values; weights: W times D + 1; keys[k][w]: vertex k of feature w.
+// features: W times D values; keys, weights: W times D + 1.
 // False where a feature is not finite or too large to be numbered: it counts as 0 then.
 template <class T, int D, int W>
-SHARED bool simplices(const T* features, const Frame<T, D>& frame, Key<D> (*keys)[W], T* weights) {
+SHARED bool simplices(const T* features, const Frame<T, D>& frame, Key<D>* keys, T* weights) {
   constexpr int V = D + 1;
   T lifted[V][W], rest[V][W];
   int nearest[V][W], rank[V][W], excess[W];
@@ -139,11 +139,11 @@ SHARED bool simplices(const T* features, const Frame<T, D>& frame, Key<D> (*keys
     for (int i = 0; i < V; ++i) at[rank[i][w]] = i;
     Key<D> key = Key<D>::origin();
     for (int i = 0; i < D; ++i) key = key + Key<D>::unit(i, nearest[i][w]);
-    keys[0][w] = key;
+    keys[w * V] = key;
     weights[w * V] = T(1) + rest[at[D]][w] - rest[at[0]][w];
     for (int k = 1; k < V; ++k) {
       key = key + frame.step[at[V - k]];
-      keys[k][w] = key;
+      keys[w * V + k] = key;
       weights[w * V + k] = rest[at[D - k]][w] - rest[at[V - k]][w];
     }
   }

@@ -28,7 +28,7 @@ assert torch.ops.loaded_libraries == {sys.argv[1]}
 ODD_SIZES = """
 for dtype in (torch.float32, torch.float64):
     for d in range(1, 9):
-        for images, pixels in ((1, 1), (2, 0), (0, 3), (1, 7), (3, 13), (2, 257), (1, 2049)):
+        for images, pixels in ((1, 1), (2, 0), (0, 3), (1, 7), (3, 13), (2, 257), (1, 4097)):
             features = torch.randn(images, pixels, d, dtype=dtype) * 3
             lattice = Lattice(features)
             for channels in (1, 8, 33):

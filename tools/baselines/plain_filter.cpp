@@ -1,5 +1,6 @@
-// The bilateral filter in five dimensions (x, y, r, g, b) on the permutohedral lattice, formulated plainly: always one
-// thread, one image after the other. tools/benchmark.py compares bilateralfilter with it; tests take it for an oracle.
+// The bilateral filter in five dimensions (x, y, r, g, b) on the permutohedral lattice, formulated plainly, as MoRe's
+// release runs it: one thread, one image after the other, and one map after the other on the image's lattice.
+// tools/benchmark.py compares bilateralfilter with it; tests take it for an oracle.
 //
 // A. Adams, J. Baek, M. A. Davis: Fast High-Dimensional Filtering Using the Permutohedral Lattice, Eurographics 2010.
 // Section numbers below are the paper's. Splat: every pixel spreads its values over the 6 vertices of the simplex its
@@ -139,7 +140,7 @@ struct Simplex {
   }
 };
 
-// The lattice of one image: it depends on the features alone and filters any number of channels.
+// The lattice of one image: it depends on the features alone and filters any number of maps.
 class Lattice {
  public:
   // image: (3, height, width) contiguous, 0..255.
@@ -168,29 +169,25 @@ class Lattice {
     }
   }
 
-  // in, out: (pixels, channels) contiguous.
-  void filter(const float* in, float* out, int channels) const {
-    // The row after the last vertex stays 0: it stands for every neighbour that does not exist.
-    std::vector<float> values(static_cast<size_t>(vertices_ + 1) * channels), blurred(values.size());
-    auto row = [channels, this](std::vector<float>& rows, int vertex) {
-      return rows.data() + static_cast<size_t>(vertex < 0 ? vertices_ : vertex) * channels;
-    };
+  // in, out: one value a pixel.
+  void filter(const float* in, float* out) const {
+    // The value after the last vertex stays 0: it stands for every neighbour that does not exist.
+    std::vector<float> values(vertices_ + 1), blurred(values.size());
+    auto place = [this](int vertex) { return vertex < 0 ? vertices_ : vertex; };
     for (size_t p = 0; p < pixels_; ++p) {
-      for (size_t s = p * V; s < (p + 1) * V; ++s) add(row(values, vertex_[s]), in + p * channels, weight_[s], channels);
+      for (size_t s = p * V; s < (p + 1) * V; ++s) values[vertex_[s]] += weight_[s] * in[p];
     }
     for (int axis = 0; axis < V; ++axis) {
       for (int v = 0; v < vertices_; ++v) {
         const auto [before, after] = neighbours_[static_cast<size_t>(axis) * vertices_ + v];
-        blur(row(values, before), row(values, v), row(values, after), row(blurred, v), channels);
+        blurred[v] = values[v] + 0.5f * (values[place(before)] + values[place(after)]);
       }
       values.swap(blurred);
     }
     constexpr float alpha = 1.0f / (1.0f + 1.0f / (1 << D)); // what the blur gives too much at a vertex's own place
     for (size_t p = 0; p < pixels_; ++p) {
-      std::fill_n(out + p * channels, channels, 0.0f);
-      for (size_t s = p * V; s < (p + 1) * V; ++s) {
-        add(out + p * channels, row(values, vertex_[s]), weight_[s] * alpha, channels);
-      }
+      out[p] = 0;
+      for (size_t s = p * V; s < (p + 1) * V; ++s) out[p] += values[vertex_[s]] * weight_[s] * alpha;
     }
   }
 
@@ -199,32 +196,12 @@ class Lattice {
     int before, after;
   };
 
-  static void add(float* __restrict to, const float* __restrict from, float weight, int channels) {
-    for (int c = 0; c < channels; ++c) to[c] += weight * from[c];
-  }
-
-  static void blur(const float* before, const float* at, const float* after, float* __restrict to, int channels) {
-    for (int c = 0; c < channels; ++c) to[c] = at[c] + 0.5f * (before[c] + after[c]);
-  }
-
   size_t pixels_;
   int vertices_ = 0;
   std::vector<int> vertex_;            // (pixels, V)
   std::vector<float> weight_;          // (pixels, V)
   std::vector<Neighbours> neighbours_; // (V, vertices)
 };
-
-// in (rows, columns) -> out (columns, rows). Not ATen's: that one takes several threads.
-void transpose(const float* in, float* out, size_t rows, size_t columns) {
-  constexpr size_t tile = 16;
-  for (size_t r0 = 0; r0 < rows; r0 += tile) {
-    for (size_t c0 = 0; c0 < columns; c0 += tile) {
-      for (size_t r = r0; r < std::min(r0 + tile, rows); ++r) {
-        for (size_t c = c0; c < std::min(c0 + tile, columns); ++c) out[c * rows + r] = in[r * columns + c];
-      }
-    }
-  }
-}
 
 // images (N, 3, H, W), maps (N, K, H, W), both float32 -> (N, K, H, W) float32.
 at::Tensor filter_cpu(const at::Tensor& images, const at::Tensor& maps, double sigma_rgb, double sigma_xy) {
@@ -233,12 +210,11 @@ at::Tensor filter_cpu(const at::Tensor& images, const at::Tensor& maps, double s
   const at::Tensor colours = images.contiguous(), planes = maps.contiguous();
   const int64_t pixels = height * width;
   at::Tensor out = at::empty_like(planes);
-  std::vector<float> in(pixels * channels), filtered(in.size());
   for (int64_t n = 0; n < count; ++n) {
     const Lattice lattice(colours.const_data_ptr<float>() + n * 3 * pixels, height, width, sigma_rgb, sigma_xy);
-    transpose(planes.const_data_ptr<float>() + n * channels * pixels, in.data(), channels, pixels);
-    lattice.filter(in.data(), filtered.data(), channels);
-    transpose(filtered.data(), out.mutable_data_ptr<float>() + n * channels * pixels, pixels, channels);
+    for (int64_t map = n * channels; map < (n + 1) * channels; ++map) {
+      lattice.filter(planes.const_data_ptr<float>() + map * pixels, out.mutable_data_ptr<float>() + map * pixels);
+    }
   }
   return out;
 }
