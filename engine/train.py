@@ -50,6 +50,7 @@ class Trainer:
         Every term takes part, with weight 0 before its stage: its parameters then get zero gradients, not none.
         """
         set_lr(self.optimizer, self.iteration, self.config.train)
+        self.optimizer.zero_grad(set_to_none=True)   # before the forward, which then has their memory
         bf16 = self.config.train.precision == "bf16"
         with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=bf16):
             terms = self.parallel(batch, self.iteration)
@@ -57,7 +58,6 @@ class Trainer:
         for name in terms.keys() - weights.keys():
             raise UserError(f"the loss term '{name}' has no weight: add it to loss.weights and loss.start_after")
         total = sum(weights[name] * term for name, term in terms.items())
-        self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.optimizer.step()
         self.iteration += 1

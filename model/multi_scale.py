@@ -8,6 +8,8 @@ from torch import Tensor
 
 Maps = tuple[Tensor, ...]
 
+PIXELS_AT_ONCE = 1 << 20   # of the images that go through the network together
+
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners False; (B, C, H, W) -> (B, C, *size)."""
@@ -46,21 +48,44 @@ def min_max(maps: Tensor) -> Tensor:
 
 
 def localization_maps(
-    images: Tensor, coarse_maps: Callable[[Tensor], Maps], scales: Sequence[float], flip: bool, relu: bool
+    images: Tensor,
+    coarse_maps: Callable[[Tensor], Maps],
+    scales: Sequence[float],
+    flip: bool,
+    relu: bool,
+    known: Maps | None = None,
 ) -> Maps:
     """Maps (B, K, H, W) in [0, 1], summed over scales with the larger of image and flip at each.
 
     coarse_maps: images -> one or several maps (B, K, h, w). Scale 1 is always there, first and once.
     relu: drop what is negative at each scale (CAM); without it the raw maps are summed (LAM).
+    known: coarse_maps(images) where the caller has them already.
     """
     size = images.shape[-2:]
     total: list[Tensor] = []
     for scale in [1.0, *(s for s in scales if s != 1.0)]:
-        coarse = coarse_maps(with_flip(scaled(images, scale), flip))
-        maps = [merge_flip(resize(full_precision(m), size), flip, torch.maximum) for m in coarse]
-        maps = [m.relu() for m in maps] if relu else maps
-        total = [t + m for t, m in zip(total, maps, strict=True)] if total else maps
+        if scale == 1 and known is not None:
+            mirrored = in_parts(coarse_maps, images.flip(-1)) if flip else tuple(m[:0] for m in known)
+            coarse = [torch.cat(pair) for pair in zip(known, mirrored, strict=True)]
+        else:
+            coarse = list(in_parts(coarse_maps, with_flip(scaled(images, scale), flip)))
+        for index in range(len(coarse)):
+            maps = merge_flip(resize(full_precision(coarse[index]), size), flip, torch.maximum)
+            maps = maps.relu() if relu else maps
+            if index < len(total):
+                total[index] = total[index] + maps
+            else:
+                total.append(maps)
     return tuple(min_max(m) for m in total)
+
+
+def in_parts(function: Callable[[Tensor], Maps], images: Tensor) -> Maps:
+    """function(images); on a CPU of a few images at a time, which is as fast and takes less memory."""
+    count = max(1, PIXELS_AT_ONCE // images[0, 0].numel()) if images.device.type == "cpu" else len(images)
+    if count >= len(images):
+        return function(images)
+    parts = [function(part) for part in images.split(count)]
+    return tuple(torch.cat(maps) for maps in zip(*parts, strict=True))
 
 
 def segmentation_logits(

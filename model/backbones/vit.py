@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from model.backbones.mlp import RecomputingMlp
 from utils.errors import UserError
 
 HEADS = ("head.", "head_dist.", "pre_logits.", "fc_norm.")   # what only the image classifier uses
@@ -40,6 +41,9 @@ class MultiClassTokenViT(nn.Module):
         self.embed_dim, self.grid_size = vit.embed_dim, tuple(vit.patch_embed.grid_size)
         self.patch_size = tuple(vit.patch_embed.patch_size)
         self.patch_embed, self.norm_pre, self.blocks, self.norm = vit.patch_embed, vit.norm_pre, vit.blocks, vit.norm
+        for block in self.blocks:
+            if RecomputingMlp.fits(block.mlp):
+                block.mlp = RecomputingMlp(block.mlp.fc1, block.mlp.fc2)
         self.tokens = nn.Parameter(torch.zeros(1, registers + num_classes, self.embed_dim))
         self.token_pos = nn.Parameter(torch.zeros(1, registers + num_classes, self.embed_dim))
         self.patch_pos = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], self.embed_dim))

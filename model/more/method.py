@@ -13,7 +13,7 @@ from model.losses.energy import energy_loss
 from model.losses.ratio import local_ratio
 from model.losses.segmentation import segmentation_loss
 from model.more.lir import certain_loss, hashed_order, sample_uncertain, token_loss, uncertain_loss
-from model.more.network import MoReNetwork
+from model.more.network import MoReNetwork, Outputs
 from model.more.official import from_official
 from model.multi_scale import full_precision, localization_maps, resize, segmentation_logits
 from model.pseudo_labels import refined_labels, token_labels, valid_tokens
@@ -46,8 +46,8 @@ class MoRe(nn.Module):
         While no term that learns from pseudo labels has a weight, no CAM is made and those labels are all ignored.
         """
         weights = self.loss_weights(iteration)
-        cams = self._training_cams(batch.images) if any(weights[term] for term in FROM_PSEUDO_LABELS) else None
         out = self.network(batch.images)
+        cams = self._training_cams(batch.images, out) if any(weights[term] for term in FROM_PSEUDO_LABELS) else None
         with torch.autocast(batch.images.device.type, enabled=False):
             out = type(out)(*map(full_precision, out))
             pseudo = self.pseudo_labels(cams, batch, out.patches.shape[-2:], iteration)
@@ -63,7 +63,7 @@ class MoRe(nn.Module):
                 "ptc": ptc_loss(out.patches, pseudo["ptc"], self.ratio),
                 "certain": certain_loss(
                     out.class_tokens, out.patches, pseudo["certain"], batch.labels, c.certain_temperature,
-                    pseudo["valid"],
+                    pseudo["valid"], batch.most_classes,
                 ),
                 "uncertain": uncertain_loss(out.class_tokens, out.patches, samples, batch.labels, self.ratio),
                 "seg": segmentation_loss(seg_logits, pseudo["pixel"], self.ratio),
@@ -90,7 +90,7 @@ class MoRe(nn.Module):
         stage, source = ("main", cam) if iteration > c.main_cam_after else ("aux", cam_aux)
         # the released code truncates the denormalised image before it goes through PAR
         image = denormalize(batch.images).clamp(0, 255).floor() / 255
-        pixel = refined_labels(cam, batch.labels, image, c.high, c.low, c.par_dilations, c.par_iterations)
+        pixel = self._pixel_labels(cam, batch, image)
         tokens = {
             "ptc": token_labels(cam_aux, batch.labels, grid, c.high, c.low),
             "certain": token_labels(source, batch.labels, grid, *c.certain[stage]),
@@ -149,5 +149,14 @@ class MoRe(nn.Module):
         return full_precision(self.network.classify(images))
 
     @torch.no_grad()
-    def _training_cams(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return localization_maps(images, self.network.cams, self.labels_config.cam_scales, flip=True, relu=True)
+    def _training_cams(self, images: Tensor, out: Outputs) -> tuple[Tensor, Tensor]:
+        """CAM and auxiliary CAM; the training forward `out` has them already for the images themselves."""
+        known = self.network.cams_of(out.patches, out.aux)
+        scales = self.labels_config.cam_scales
+        return localization_maps(images, self.network.cams, scales, flip=True, relu=True, known=known)
+
+    def _pixel_labels(self, cam: Tensor, batch: Batch, image: Tensor) -> Tensor:
+        c = self.labels_config
+        return refined_labels(
+            cam, batch.labels, image, c.high, c.low, c.par_dilations, c.par_iterations, batch.most_classes
+        )

@@ -18,6 +18,7 @@ class Outputs(NamedTuple):
     seg_logits: Tensor        # (B, K+1, h, w)
     class_tokens: Tensor      # (B, K, D), through GCR
     patches: Tensor           # (B, D, h, w)
+    aux: Tensor               # (B, D, h, w), the auxiliary map
 
 
 class MoReNetwork(nn.Module):
@@ -40,6 +41,7 @@ class MoReNetwork(nn.Module):
             seg_logits=self.decoder(features.patches),
             class_tokens=self.gcr(features.class_tokens, features.patches.flatten(2).transpose(1, 2)),
             patches=features.patches,
+            aux=features.aux,
         )
 
     def classify(self, images: Tensor) -> Tensor:
@@ -53,7 +55,11 @@ class MoReNetwork(nn.Module):
     def cams(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """CAM and auxiliary CAM, (B, K, h, w) each: the classifiers on every patch (Zhou et al., CVPR 2016)."""
         features = self.backbone(images)
-        return self.classifier(features.patches), self.aux_classifier(features.aux)
+        return self.cams_of(features.patches, features.aux)
+
+    def cams_of(self, patches: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
+        """`cams` from the backbone's maps."""
+        return self.classifier(patches), self.aux_classifier(aux)
 
     def lam(self, images: Tensor) -> Tensor:
         """Localization attention map (B, K, h, w): patch features times class tokens."""
