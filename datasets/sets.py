@@ -73,4 +73,6 @@ class EvalSet(_ImageSet):
 def collate_train(items: list[TrainItem]) -> Batch:
     """TrainItems -> Batch."""
     names, images, labels, valid, seeds = zip(*items, strict=True)
-    return Batch(list(names), torch.stack(images), torch.stack(labels), torch.stack(valid), torch.tensor(seeds))
+    labels = torch.stack(labels)
+    most = max(int(labels.sum(1).max()), 1)
+    return Batch(list(names), torch.stack(images), labels, torch.stack(valid), torch.tensor(seeds), most)

@@ -1,6 +1,7 @@
 """Pixel-Adaptive Refinement (AFA, CVPR 2022, section 3.3): local affinities of the image smooth a map."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,21 @@ def par_affinity(images: Tensor, dilations: Sequence[int]) -> Tensor:
 
     images: (B, 3, H, W) in [0, 1]. The sum over neighbours is 1 + POSITION_WEIGHT.
     """
-    neighbours = torch.stack(list(_neighbours(images, dilations)), 2)                 # (B, 3, n, H, W)
-    difference = (neighbours - images.unsqueeze(2)).abs()
-    colour = difference / (neighbours.std(2, keepdim=True) + 1e-8) / COLOUR_WIDTH
-    colour = -colour.square().mean(1)
-    steps = [d * (dy * dy + dx * dx) ** 0.5 for d in dilations for dy, dx in _RING]
-    distance = torch.tensor(steps, device=images.device)
+    count = len(_RING) * len(dilations)
+    mean = sum(ring.sum(2) for ring in _differences(images, dilations)) / count
+    square = sum((ring - mean.unsqueeze(2)).square_().sum(2) for ring in _differences(images, dilations))
+    sharpness = (1 / ((square / (count - 1)).sqrt() + 1e-8) / COLOUR_WIDTH).unsqueeze(2)
+    colour = [(ring * sharpness).square_().mean(1).neg_() for ring in _differences(images, dilations)]
+    position = _position_weights(tuple(dilations), images.dtype, images.device)
+    return torch.cat(colour, 1).softmax(1).add_(position)
+
+
+@functools.lru_cache(maxsize=8)
+def _position_weights(dilations: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What the neighbours' distances add to every affinity, (n, 1, 1); kept, as making it waits for a GPU."""
+    distance = torch.tensor([d * (dy * dy + dx * dx) ** 0.5 for d in dilations for dy, dx in _RING])
     position = -(distance / (distance.std() + 1e-8) / COLOUR_WIDTH).square()
-    return colour.softmax(1) + POSITION_WEIGHT * position.softmax(0)[:, None, None]
+    return (POSITION_WEIGHT * position.softmax(0)[:, None, None]).to(device, dtype)
 
 
 def par_refine(maps: Tensor, affinity: Tensor, dilations: Sequence[int], iterations: int) -> Tensor:
@@ -42,7 +50,13 @@ def par_refine(maps: Tensor, affinity: Tensor, dilations: Sequence[int], iterati
 _RING = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 
 
-def _neighbours(x: Tensor, dilations: Sequence[int]):
+def _differences(images: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
+    """(B, C, 8, H, W) a dilation: the neighbours minus the pixel itself."""
+    for d in dilations:
+        yield torch.stack(list(_neighbours(images, (d,))), 2).sub_(images.unsqueeze(2))
+
+
+def _neighbours(x: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
     """The shifted copies of x, edges repeated; 8 a dilation, in reading order."""
     height, width = x.shape[-2:]
     for d in dilations:

@@ -35,29 +35,40 @@ def valid_tokens(valid: Tensor, patch: Sequence[int]) -> Tensor:
     return inside.unflatten(1, (h, patch[0])).unflatten(3, (w, patch[1])).all(4).all(2)
 
 
+def present_first(labels: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Multi-hot (B, K) -> the first M classes of each image, present ones first, int64 (B, M); bool (B, M), present.
+
+    most: M, the largest number of classes of an image, at least 1, where the caller knows it; None: it is read from
+    `labels`, which waits for a GPU.
+    """
+    most = max(int(labels.sum(1).max()), 1) if most is None else most
+    classes = labels.argsort(dim=1, descending=True, stable=True)[:, :most]
+    return classes, labels.gather(1, classes) > 0
+
+
 def refined_labels(
-    maps: Tensor, labels: Tensor, images: Tensor, high: float, low: float, dilations: Sequence[int], iterations: int
+    maps: Tensor, labels: Tensor, images: Tensor, high: float, low: float, dilations: Sequence[int], iterations: int,
+    most: int | None = None,
 ) -> Tensor:
     """PAR-refined pixel labels int64 (B, H, W) (AFA section 3.3, as used by MoRe).
 
     Two backgrounds compete with the classes: with `high` what wins is foreground, with `low` what loses is
-    background; in between is ignored. maps: (B, K, H, W); images: (B, 3, H, W) in [0, 1].
+    background; in between is ignored. maps: (B, K, H, W); images: (B, 3, H, W) in [0, 1]; most: see `present_first`.
     """
     size = images.shape[-2:]
     half = (size[0] // 2, size[1] // 2)
-    maps = maps * labels[:, :, None, None]
+    classes, present = present_first(labels, most)
+    maps = maps.gather(1, classes[:, :, None, None].expand(-1, -1, *size))          # (B, M, H, W)
     images, maps = resize(images, half), resize(maps, half)
-    count = max(int(labels.sum(1).max()), 1)
-    classes = labels.argsort(dim=1, descending=True, stable=True)[:, :count]               # (B, M), present ones first
-    present = labels.gather(1, classes)[:, :, None, None] > 0                          # (B, M, 1, 1)
-    chosen = maps.gather(1, classes[:, :, None, None].expand(-1, -1, *half)).masked_fill(~present, -torch.inf)
-    backgrounds = maps.new_tensor([high, low]).view(1, 2, 1, 1, 1).expand(len(maps), 2, 1, *half)
-    scores = torch.cat([backgrounds, chosen.unsqueeze(1).expand(-1, 2, -1, -1, -1)], 2).softmax(2)
-    refined = par_refine(scores.flatten(1, 2), par_affinity(images, dilations), dilations, iterations)
-    refined = F.interpolate(refined, size, mode="bilinear", align_corners=False).unflatten(1, (2, 1 + count))
-    refined[:, :, 1:].masked_fill_(~present.unsqueeze(1), -1)
-    ids = torch.cat([torch.zeros_like(classes[:, :1]), classes + 1], 1)                # (B, 1+M)
-    winner = refined.argmax(2)                                                         # (B, 2, H, W)
-    strict, loose = ids.gather(1, winner.flatten(1)).view_as(winner).unbind(1)
-    label = strict.masked_fill(strict == 0, IGNORE)
-    return label.masked_fill((strict == 0) & (loose == 0), 0)
+    chosen = maps.masked_fill(~present[:, :, None, None], -torch.inf)
+    scores = [F.pad(chosen, (0, 0, 0, 0, 1, 0), value=background).softmax(1) for background in (high, low)]
+    affinity = par_affinity(images, dilations)
+    refined = resize(par_refine(torch.cat(scores, 1), affinity, dilations, iterations), size)
+    refined = refined.unflatten(1, (2, -1))
+    refined[:, :, 1:].masked_fill_(~present[:, None, :, None, None], -1)
+    (strict, *winners), loose = refined[:, 0].unbind(1), refined[:, 1]
+    label = torch.full(strict.shape, IGNORE, dtype=torch.int64, device=strict.device)
+    for index, value in enumerate(winners):     # as argmax over the channels, which is slow where they lie apart
+        label = torch.where(value > strict, classes[:, index, None, None] + 1, label)
+        strict = torch.maximum(strict, value)
+    return label.masked_fill((label == IGNORE) & (loose[:, 0] >= loose[:, 1:].amax(1)), 0)

@@ -14,6 +14,8 @@ class Batch(NamedTuple):
     valid: bool (B, H, W), False where a crop was padded; no pixel loss reads there.
     seeds: int64 (B,), one seed a drawn sample: every random draw about a sample comes from it,
         so that nothing depends on the number of processes or workers.
+    most_classes: the largest number of classes an image has, at least 1; None: whoever needs it reads it from
+        `labels`, which waits for a GPU.
     """
 
     names: list[str]
@@ -21,7 +23,9 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     valid: torch.Tensor
     seeds: torch.Tensor
+    most_classes: int | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return Batch(self.names, *(t.to(device, non_blocking=True) for t in self[1:]))
+        tensors = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.valid, self.seeds))
+        return Batch(self.names, *tensors, self.most_classes)

@@ -44,7 +44,8 @@ def test_uncertain(golden):
     for case in arrays["case_names"]:
         tokens, patches = tensor(arrays, f"{case}__cls_tokens", True), tensor(arrays, f"{case}__patch_map", True)
         mask, labels = tensor(arrays, f"{case}__mask"), tensor(arrays, f"{case}__cls_label")
-        weights = sample_uncertain(mask, in_order, torch.zeros(len(mask)))
+        samples = sample_uncertain(mask, in_order, torch.zeros(len(mask)))
+        weights = samples.counts(mask.shape[1:])
         theirs = torch.zeros_like(weights)
         for image, chosen in enumerate(arrays[f"{case}__selected_rc"]):
             for row, column in chosen[: arrays[f"{case}__selected_count"][image]]:
@@ -52,7 +53,7 @@ def test_uncertain(golden):
         np.testing.assert_array_equal(weights, theirs, err_msg=str(case))
         code = torch.where(mask == 255, 1, torch.where(mask == 0, 0, 2))
         np.testing.assert_array_equal(code, arrays[f"{case}__roi_mask"], err_msg=str(case))
-        loss = uncertain_loss(tokens, patches, weights, labels)
+        loss = uncertain_loss(tokens, patches, samples, labels)
         compare(loss, patches, arrays[f"{case}__loss"], arrays[f"{case}__grad_patch_map"], case, loss_atol=1e-6)
         assert tokens.grad is None
 

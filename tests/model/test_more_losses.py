@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from model.losses.affinity import ptc_loss
 from model.losses.segmentation import segmentation_loss
 from model.more.gcr import GraphCategoryRepresentation
-from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
+from model.more.lir import Samples, certain_loss, hashed_order, sample_uncertain, uncertain_loss
 
 B, K, D, H, W = 3, 5, 8, 9, 11
 
@@ -91,7 +91,7 @@ def selected_slowly(mask, priority, count, valid):
     cell = [[code.get(int(mask[y, x]), 2) if valid[y, x] else 0 for x in range(columns)] for y in range(rows)]
     inner = [(y, x) for y in range(rows - 6) for x in range(columns - 6)]
     rank = {place: int(priority[i]) for i, place in enumerate(inner)}
-    usable = [(y, x) for y, x in inner if valid[y, x] and valid[y + 3, x + 3]]
+    usable = [(y, x) for y, x in inner if valid[y, x]]
     window = {(y, x): sum(cell[y + i][x + j] for i in range(6) for j in range(6)) for y, x in inner}
     found = [p for p in usable if cell[p[0] + 3][p[1] + 3] == 1 and window[p] >= 43.2]
     found.sort(key=rank.get)
@@ -114,7 +114,7 @@ def test_sampling_by_tokens(share, padded):
     if padded:
         valid[:, :, 11:] = False
     seeds = torch.tensor([5, 6, 7, 8])
-    weights = sample_uncertain(mask, hashed_order, seeds, 8, valid)
+    weights = sample_uncertain(mask, hashed_order, seeds, 8, valid).counts((13, 15))
     for b in range(4):
         expected = torch.zeros(13, 15)
         for y, x in selected_slowly(mask[b], hashed_order(seeds, 7 * 9)[b], 8, valid[b]):
@@ -126,24 +126,24 @@ def test_sampling_by_tokens(share, padded):
 @pytest.mark.parametrize("size", [(6, 6), (1, 1), (6, 20), (20, 5)])
 def test_small_grids_have_no_uncertain_loss(size):
     mask = torch.full((2, *size), 255)
-    weights = sample_uncertain(mask, hashed_order, torch.tensor([1, 2]))
+    samples = sample_uncertain(mask, hashed_order, torch.tensor([1, 2]))
     patches = torch.randn(2, D, *size, requires_grad=True)
-    loss = uncertain_loss(torch.randn(2, K, D), patches, weights, torch.ones(2, K))
+    loss = uncertain_loss(torch.randn(2, K, D), patches, samples, torch.ones(2, K))
     loss.backward()
     assert loss.item() == 0 and not patches.grad.any()
 
 
 def test_uncertain_by_tokens(random):
     tokens, patches, _, labels = random
-    weights = torch.zeros(B, H, W)
-    weights[0, 2, 3], weights[1, 0, 0] = 1, 2
+    index = torch.tensor([[5, 2 * W + 3, 0], [0, 0, 7], [1, 1, 1]])
+    samples = Samples(index, torch.tensor([[0.0, 1, 0], [1, 1, 0], [0, 0, 0]]))
     values = []
     for b, y, x in [(0, 2, 3), (1, 0, 0), (1, 0, 0)]:
         s = [F.cosine_similarity(tokens[b, k], patches[b, :, y, x], dim=0).abs().item() for k in range(K)]
         yes = [v for v, label in zip(s, labels[b], strict=True) if label]
         no = [v for v, label in zip(s, labels[b], strict=True) if not label]
         values.append(0.5 * (1 - sum(yes) / (len(yes) + 1)) + 0.5 * sum(no) / (len(no) + 1))
-    assert uncertain_loss(tokens, patches, weights, labels).item() == pytest.approx(sum(values) / 3, rel=1e-5)
+    assert uncertain_loss(tokens, patches, samples, labels).item() == pytest.approx(sum(values) / 3, rel=1e-5)
 
 
 def test_hashed_order_depends_on_the_seed_alone():
@@ -163,10 +163,10 @@ def test_padding_changes_no_loss(random):
     results = []
     for filler in (0.0, 50.0):
         leaf = patches.masked_fill(~valid.unsqueeze(1), filler).requires_grad_()
-        weights = sample_uncertain(mask, in_order, torch.zeros(B), 8, valid)
+        samples = sample_uncertain(mask, in_order, torch.zeros(B), 8, valid)
         losses = [
             ptc_loss(leaf, mask), certain_loss(tokens, leaf, mask, labels, 0.5, valid),
-            uncertain_loss(tokens, leaf, weights, labels),
+            uncertain_loss(tokens, leaf, samples, labels),
         ]
         (losses[0] + losses[2]).backward()
         assert not leaf.grad[..., 8:].any()
@@ -178,8 +178,8 @@ def test_a_batch_without_labels(random):
     tokens, patches, mask, _ = random
     none = torch.zeros(B, K)
     assert certain_loss(tokens, patches, mask, none, 0.5).item() == 0
-    weights = sample_uncertain(mask, in_order, torch.zeros(B))
-    assert uncertain_loss(tokens, patches, weights, none).isfinite()
+    samples = sample_uncertain(mask, in_order, torch.zeros(B))
+    assert uncertain_loss(tokens, patches, samples, none).isfinite()
 
 
 def test_gcr_by_classes():
