@@ -15,7 +15,9 @@ def lr_factor(step: int, warmup: int, iterations: int, ratio: float, power: floa
 
 def build_optimizer(groups: list[dict], config: DictConfig) -> torch.optim.AdamW:
     """AdamW over a method's parameter groups. config: the section `train`."""
-    optimizer = torch.optim.AdamW(groups, betas=tuple(config.betas), weight_decay=config.weight_decay, eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        groups, betas=tuple(config.betas), weight_decay=config.weight_decay, eps=1e-8, fused=True
+    )
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer

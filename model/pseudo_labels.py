@@ -17,10 +17,7 @@ def threshold(maps: Tensor, labels: Tensor, high: float, low: float) -> Tensor:
     maps: (B, K, H, W) in [0, 1]. labels: (B, K) multi-hot. With high == low nothing is ignored.
     """
     value, label = (maps * labels[:, :, None, None]).max(1)
-    label = label + 1
-    label[value <= high] = IGNORE
-    label[value <= low] = 0
-    return label
+    return (label + 1).masked_fill_(value <= high, IGNORE).masked_fill_(value <= low, 0)
 
 
 def token_labels(maps: Tensor, labels: Tensor, grid: Sequence[int], high: float, low: float) -> Tensor:

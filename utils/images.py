@@ -3,6 +3,7 @@
 Ids in a label map: 0 background, 1..K classes, 255 ignore.
 """
 
+import functools
 from pathlib import Path
 
 import cv2
@@ -146,4 +147,10 @@ def _codes(rgb: np.ndarray) -> np.ndarray:
 
 
 def _column(values: tuple, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(3, 1, 1)
+    return _kept_column(values, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_column(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Kept, as every copy to a GPU waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)
