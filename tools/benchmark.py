@@ -1,12 +1,16 @@
 """Measures ours against others: a table for people, JSON for programs.
 
     python tools/benchmark.py bilateral crf
+    python tools/benchmark.py step parts --batch 4 --crop 448 --images VOC/JPEGImages
     python tools/benchmark.py crf --sizes 375x500x21 --batch 1 --threads 1,2,4 --images VOC/JPEGImages --json crf.json
 
     bilateral   bilateral_filter against the plain one-thread C++ of baselines/plain_filter.cpp, for random maps;
                 difference: the largest, relative to the largest value
     crf         DenseCRF against pydensecrf, with the crf: parameters of configs/default.yaml, for smooth random maps;
                 difference: share of pixels with another label
+    step        the real trainer's step in its last stage against baselines/plain_step.py: the whole, its phases,
+                operators, utilisation, peak memory (--no-baseline, --no-memory: ours alone, without the latter)
+    parts       PAR refinement and the two losses of LIR, with their gradients, against the same baseline
 
 Sizes are HEIGHTxWIDTHxCHANNELS. Times are of a whole batch. In every repeat the baseline and ours, at each number of
 threads, take turns: the table shows the median of every time, and the median of the repeats' ratios, baseline to ours.
@@ -235,9 +239,17 @@ def print_line(cells: list[str], widths: list[int]) -> None:
     print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)), flush=True)
 
 
+def training(name: str, options: argparse.Namespace) -> list[dict]:
+    from tools import step_speed  # here, as it imports this file
+
+    return getattr(step_speed, name)(options)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[dict]]] = {  # each prints its table and returns its rows
     "bilateral": functools.partial(compare, "bilateral", "plain C++", bilateral_rivals, float("inf")),
     "crf": functools.partial(compare, "crf", "pydensecrf", crf_rivals, CRF_VALUES),
+    "step": functools.partial(training, "step"),
+    "parts": functools.partial(training, "parts"),
 }
 
 
@@ -270,15 +282,27 @@ def sizes(text: str) -> list[tuple[int, int, int]]:
     return parts
 
 
+def precisions(text: str) -> list[str]:
+    parts = text.split(",")
+    if not set(parts) <= {"fp32", "bf16"}:
+        raise ValueError(text)
+    return parts
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmarks", nargs="+", choices=BENCHMARKS, metavar="|".join(BENCHMARKS))
     parser.add_argument("--sizes", type=sizes, default="224x224x21,224x224x81,375x500x21,375x500x81")
-    parser.add_argument("--batch", type=numbers, help="default 1,4,8, of which crf leaves out the largest cases")
+    parser.add_argument("--batch", type=numbers, help="default 1,4,8, without the largest cases of crf; 4 for training")
     parser.add_argument("--threads", type=numbers, default="1,2")
     parser.add_argument("--repeats", type=number, help="default: what fits into a few seconds a case")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--images", type=Path, help="folder of images, resized to the size; default: generated shapes")
+    parser.add_argument("--crop", type=number, default=448, help="step, parts: side of the crops")
+    parser.add_argument("--backbone", default="vit_base_patch16_224", help="step: a plain timm ViT")
+    parser.add_argument("--precision", type=precisions, default="fp32", help="step: fp32, bf16 or fp32,bf16")
+    parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="step: ours alone")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="step: no peak memory")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args(argv)
     if options.json:

@@ -1,0 +1,321 @@
+"""The benchmarks of training: one step, its parts, and processes that share it. Started by tools/benchmark.py."""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.distributed import Ranks
+from engine.train import Trainer
+from model.losses.ratio import local_ratio
+from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
+from model.more.method import MoRe
+from model.pseudo_labels import refined_labels
+from tools.baselines import plain_step
+from utils.batch import Batch
+from utils.config import load_config
+from utils.images import normalize
+
+ALLOWED_DIFFERENCE = {"fp32": 1e-3, "bf16": 5e-2}   # of a loss term, relative to the total: two formulations in float32
+LATE = 12_000   # an iteration at which every term has a weight and token labels come from the main CAM
+CLASSES = 20
+HOST_READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten.unique")
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators: `operators`, those that compute (views are none), and `host_reads`, which wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.host_reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators += not function.is_view
+        self.host_reads += str(function).startswith(HOST_READS)
+        return function(*args, **(kwargs or {}))
+
+
+def step_config(options: argparse.Namespace, precision: str) -> DictConfig:
+    overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"train.precision={precision}"]
+    return load_config("more_voc", [*overrides, f"data.crop_size={options.crop}"])
+
+
+def step_batch(images: Tensor, device: str) -> Batch:
+    """uint8 images (B, 3, H, W) with one to three classes each, in turn."""
+    normal = torch.stack([normalize(image.permute(1, 2, 0).numpy()) for image in images])
+    labels = torch.zeros(len(images), CLASSES)
+    for index in range(len(images)):
+        labels[index, [(7 * index + 3 * k) % CLASSES for k in range(1 + index % 3)]] = 1
+    valid = torch.ones(len(images), *images.shape[2:], dtype=torch.bool)
+    most = int(labels.sum(1).max())
+    return Batch([""] * len(images), normal, labels, valid, torch.arange(len(images)), most).to(torch.device(device))
+
+
+def make_trainer(config: DictConfig, plain: bool, device: str) -> Trainer:
+    """A trainer in the last stage. plain: with the plainly formulated losses and AdamW parameter by parameter."""
+    torch.manual_seed(0)
+    method = (plain_step.PlainMoRe if plain else MoRe)(config, CLASSES).to(device).train()
+    trainer = Trainer(method, config, Ranks(0, 1, torch.device(device)))
+    trainer.iteration = LATE
+    if plain:
+        method.host_filter = _host_filter()
+        for group in trainer.optimizer.param_groups:
+            group.update(fused=False, foreach=False)
+    return trainer
+
+
+def _host_filter() -> plain_step.Filter:
+    from tools.benchmark import load_plain_filter
+
+    return load_plain_filter()
+
+
+@contextmanager
+def phases_of(trainer: Trainer, synchronize: Callable[[], None]) -> Iterator[dict[str, float]]:
+    """Within it the seconds of every phase of the steps are summed: each phase without those inside it."""
+    seconds: dict[str, float] = defaultdict(float)
+    inside: list[float] = []
+
+    def timed(function: Callable, phase: str) -> Callable:
+        def call(*args, **kwargs):
+            synchronize()
+            begin = time.perf_counter()
+            inside.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronize()
+                whole = time.perf_counter() - begin
+                seconds[phase] += whole - inside.pop()
+                if inside:
+                    inside[-1] += whole
+        return call
+
+    method, optimizer, backward = trainer.method, trainer.optimizer, Tensor.backward
+    method._training_cams = timed(method._training_cams, "CAM pass")
+    method._pixel_labels = timed(method._pixel_labels, "refine")
+    method.network.forward = timed(method.network.forward, "forward")
+    method.losses = timed(method.losses, "losses")
+    optimizer.step = timed(optimizer.step, "optimizer")
+    Tensor.backward = timed(backward, "backward")
+    try:
+        yield seconds
+    finally:
+        Tensor.backward = backward
+        for owner, name in ((method, "_training_cams"), (method, "_pixel_labels"), (method, "losses")):
+            delattr(owner, name)
+        del method.network.forward, optimizer.step
+
+
+def step(options: argparse.Namespace) -> list[dict]:
+    """One training step of ours against the same step formulated plainly; prints a table, returns its rows."""
+    rows = []
+    for batch in options.batch or (4,):
+        for precision in options.precision:
+            row = {"benchmark": "step", "batch": batch, "crop": options.crop, "precision": precision}
+            row |= {"device": options.device, "backbone": options.backbone}
+            if options.device == "cuda" and not torch.cuda.is_available():
+                row["measured"] = False
+            else:
+                row |= measure_step(options, batch, precision)
+            rows.append(row)
+            print_step(row)
+            if row.get("difference", 0) > ALLOWED_DIFFERENCE[precision]:
+                sys.exit(f"step: the loss terms of ours and the plain step differ by {row['difference']:.1e}")
+    return rows
+
+
+def measure_step(options: argparse.Namespace, batch: int, precision: str) -> dict:
+    from tools.benchmark import load_images
+
+    device, config = options.device, step_config(options, precision)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    given = step_batch(load_images(options.images, batch, options.crop, options.crop), device)
+    ours = make_trainer(config, False, device)
+    with FlopCounterMode(display=False) as flops, Counter() as counter:   # warms up too
+        terms = ours.step(given)
+    row = {"operators": counter.operators, "host_reads": counter.host_reads, "flops": flops.get_total_flops()}
+    trainers = {"ours": ours}
+    if options.baseline:
+        plain = make_trainer(step_config(options, "fp32"), True, device)
+        expected = plain.step(given)
+        total = abs(float(expected["total"]))
+        row["difference"] = max(abs(float(terms[name] - expected[name])) / total for name in terms)
+        trainers["plain"] = plain
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    phases: dict[str, float] = defaultdict(float)
+    repeats = options.repeats or 3
+    for _ in range(repeats):
+        for name, trainer in trainers.items():
+            with phases_of(trainer, synchronize) as seconds:
+                synchronize()
+                begin = time.perf_counter()
+                trainer.step(given)
+                synchronize()
+                times[name].append(time.perf_counter() - begin)
+            if name == "ours":
+                for phase, spent in seconds.items():
+                    phases[phase] += spent / repeats
+    row |= {"seconds": {name: statistics.median(spent) for name, spent in times.items()}, "repeats": repeats}
+    row["phases"] = dict(phases)
+    if "plain" in times:
+        row["ratio"] = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
+    row["matmul_flops"] = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    row["utilisation"] = row["flops"] / row["seconds"]["ours"] / row["matmul_flops"]
+    del trainers, ours
+    row["peak_gb"] = {
+        name: peak_memory(options, batch, precision, name) for name in times if options.memory
+    }
+    return row
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product, which utilisation is a share of."""
+    side = 8192 if device == "cuda" else 3072
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    spent = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ b).sum().item()
+        spent.append(time.perf_counter() - begin)
+    return 2 * side**3 / statistics.median(spent)
+
+
+def peak_memory(options: argparse.Namespace, batch: int, precision: str, name: str) -> float:
+    """Peak of two steps in a process of their own, GB: of its memory, or of what it has allocated on the GPU."""
+    given = {"batch": batch, "precision": precision, "plain": name == "plain", "images": str(options.images or "")}
+    given |= {"crop": options.crop, "backbone": options.backbone, "device": options.device}
+    command = [sys.executable, "-c", "import tools.step_speed as s; s.report_peak()", json.dumps(given)]
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"step: the process that measures memory failed:\n{result.stderr[-2000:]}")
+    return float(result.stdout.split()[-1])
+
+
+def report_peak() -> None:
+    """Prints the peak; in the process that `peak_memory` starts."""
+    from tools.benchmark import load_images
+
+    options = argparse.Namespace(**json.loads(sys.argv[1]))
+    folder = Path(options.images) if options.images else None
+    given = step_batch(load_images(folder, options.batch, options.crop, options.crop), options.device)
+    trainer = make_trainer(step_config(options, options.precision), options.plain, options.device)
+    for _ in range(2):
+        trainer.step(given)
+    cuda = options.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak / 1e9)
+
+
+def print_step(row: dict) -> None:
+    crop = f"{row['crop']}x{row['crop']}"
+    print(f"\nstep: {row['backbone']}, batch {row['batch']}, {crop}, {row['precision']}, {row['device']}")
+    if not row.get("measured", True):
+        print("  not measured: no GPU")
+        return
+    seconds = row["seconds"]
+    print(f"  ours {seconds['ours']:.3f} s, median of {row['repeats']}")
+    if "plain" in seconds:
+        print(f"  plain step, fp32: {seconds['plain']:.3f} s, {row['ratio']:.2f} times as long; "
+              f"largest difference of a loss term {row['difference']:.1e} of the total")
+    print("  " + ", ".join(f"{phase} {spent:.3f} s" for phase, spent in row["phases"].items()))
+    print(f"  {row['operators']} operators, {row['host_reads']} host reads, {row['flops'] / 1e9:.0f} GFLOP: "
+          f"{100 * row['utilisation']:.0f} % of the {row['matmul_flops'] / 1e9:.0f} GFLOP/s of a matrix product")
+    peaks = ", ".join(f"{name} {peak:.2f} GB" for name, peak in row["peak_gb"].items())
+    print(f"  peak memory {peaks or 'not measured'}", flush=True)
+
+
+def parts(options: argparse.Namespace) -> list[dict]:
+    """PAR refinement and the two losses of LIR against their plain formulations, interleaved, with their gradients."""
+    rows, side = [], options.crop // 16
+    for batch in options.batch or (4,):
+        for name, rivals in part_rivals(options, batch, side).items():
+            with Counter() as counter:
+                result = rivals[0]()
+            difference = float((result - rivals[1]()).detach().abs().double().mean())
+            ours, plain = (_with_gradient(call) for call in rivals)
+            times: dict[str, list[float]] = {"ours": [], "plain": []}
+            for _ in range(options.repeats or 9):
+                for run, call in (("plain", plain), ("ours", ours)):
+                    begin = time.perf_counter()
+                    call()
+                    if options.device == "cuda":
+                        torch.cuda.synchronize()
+                    times[run].append(time.perf_counter() - begin)
+            ratio = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
+            row = {"benchmark": "parts", "part": name, "batch": batch, "crop": options.crop, "ratio": ratio}
+            row |= {"seconds": {run: statistics.median(spent) for run, spent in times.items()}}
+            row |= {"operators": counter.operators, "host_reads": counter.host_reads, "difference": difference}
+            rows.append(row)
+            print(f"{name:>10}, batch {batch}: plain {1000 * row['seconds']['plain']:.2f} ms, ours "
+                  f"{1000 * row['seconds']['ours']:.2f} ms, {ratio:.1f} times; forward: {counter.operators} operators, "
+                  f"{counter.host_reads} host reads; mean difference {difference:.1e}", flush=True)
+    return rows
+
+
+def part_rivals(options: argparse.Namespace, batch: int, side: int) -> dict[str, tuple[Callable, Callable]]:
+    """name -> (ours, plain), each a call that returns what is compared."""
+    from tools.benchmark import load_images
+
+    given = step_batch(load_images(options.images, batch, options.crop, options.crop), options.device)
+    c, device = load_config("more_voc").pseudo_labels, options.device
+    torch.manual_seed(0)
+    cam = F.interpolate(torch.rand(batch, CLASSES, side, side), options.crop, mode="bilinear").to(device)
+    image = ((given.images - given.images.min()) / (given.images.max() - given.images.min()) * 255).floor() / 255
+    settings = c.high, c.low, list(c.par_dilations), c.par_iterations
+    tokens = torch.randn(batch, CLASSES, 768, device=device, requires_grad=True)
+    leaf = torch.randn(batch, side * side, 768, device=device, requires_grad=True)
+    patches = leaf.transpose(1, 2).unflatten(2, (side, side))   # as the network lays them out
+    first = given.labels.argmax(1)[:, None, None] + 1
+    blobs = F.avg_pool2d(torch.rand(batch, 1, side, side, device=device), 5, 1, 2)[:, 0]
+    labels = torch.where(blobs > 0.52, 255, torch.where(blobs > 0.45, first, 0))
+    outputs = plain_step.Outputs(*(None,) * 3, tokens, patches, None)
+
+    def refine_plainly() -> Tensor:
+        triples = zip(cam, given.labels, image, strict=True)
+        return torch.stack([plain_step.plain_pixel_labels(*one, *settings) for one in triples])
+
+    def sampled() -> Tensor:
+        samples = sample_uncertain(labels, hashed_order, given.seeds, 8)
+        return uncertain_loss(tokens, patches, samples, given.labels, local_ratio)
+
+    def sampled_plainly() -> Tensor:
+        orders = hashed_order(given.seeds, (side - 6) ** 2)
+        places = [plain_step.plain_samples(*one, 8) for one in zip(labels, orders, strict=True)]
+        return plain_step.plain_uncertain_loss(outputs, places, given.labels)
+
+    def certain() -> Tensor:
+        return certain_loss(tokens, patches, labels, given.labels, 0.5, most=given.most_classes)
+
+    def certain_plainly() -> Tensor:
+        return plain_step.plain_certain_loss(outputs, labels, given.labels, 0.5)
+
+    return {
+        "refine": (lambda: refined_labels(cam, given.labels, image, *settings, given.most_classes), refine_plainly),
+        "uncertain": (sampled, sampled_plainly),
+        "certain": (certain, certain_plainly),
+    }
+
+
+def _with_gradient(call: Callable[[], Tensor]) -> Callable[[], None]:
+    def both() -> None:
+        result = call()
+        if result.requires_grad:
+            result.backward()
+
+    return both
