@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig
 from torch import Tensor
 
 
@@ -29,6 +30,20 @@ def setup() -> Ranks:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return Ranks(rank, world, device)
+
+
+def loader_workers(config: DictConfig, ranks: Ranks) -> int:
+    """data.workers; null: this process's share of the machine's cores less one, at most 16; on a CPU, which trains
+    with the same cores, at most 1."""
+    if config.data.workers is not None:
+        return config.data.workers
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(cores - 1, 16 if ranks.device.type == "cuda" else 1))
+
+
+def use_tf32(on: bool) -> None:
+    """Whether a GPU may multiply float32 in TF32, faster and with 10 bits of mantissa; off is the parity mode."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 def cleanup() -> None:

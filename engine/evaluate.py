@@ -1,5 +1,6 @@
 """Scores the maps of a method on labelled images: one path for the validation in training and for the tools."""
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,13 +17,15 @@ from tqdm import tqdm
 
 from datasets import EvalItem
 from engine import checkpoint
-from engine.distributed import Ranks, all_reduce_sum, barrier
+from engine.distributed import Ranks, all_reduce_sum, barrier, loader_workers, use_tf32
 from engine.pictures import evaluation_picture, save_picture
-from engine.predict import Plan, Prediction, Row, evaluation_mode, evaluation_plan, predict, validation_plan
+from engine.predict import Plan, Prediction, Row, evaluation_mode, evaluation_plan, predict_batch, validation_plan
 from engine.results import NAMES, append_results, score_entries, summary_line, table, title
 from utils.errors import UserError
 from utils.images import to_uint8, write_label_png
 from utils.metrics import Scores, confusion_matrix
+
+GPU_BATCH, WAITING = 8, 8
 
 
 def validate(method: nn.Module, dataset: Dataset, config: DictConfig, ranks: Ranks) -> dict[str, float]:
@@ -31,7 +34,8 @@ def validate(method: nn.Module, dataset: Dataset, config: DictConfig, ranks: Ran
     dataset: with `classes`; its first train.validate_images images are used.
     """
     images, classes = _first(dataset, config.train.validate_images), len(dataset.classes)
-    matrices = score(method, images, classes, validation_plan(config), ranks, config.data.workers)
+    workers = loader_workers(config, ranks)
+    matrices = score(method, images, classes, validation_plan(config), ranks, workers, config.evaluate.images_at_once)
     return {kind: Scores(matrix).miou for (kind, _), matrix in matrices.items()}
 
 
@@ -49,7 +53,9 @@ def evaluate(
     plan, started = evaluation_plan(config), time.perf_counter()
     images, classes = _first(dataset, config.evaluate.images), len(dataset.classes)
     folders = config.evaluate.save_labels, config.evaluate.save_overlays
-    matrices = score(method, images, classes, plan, ranks, config.data.workers, *folders)
+    use_tf32(config.train.tf32)
+    workers = loader_workers(config, ranks)
+    matrices = score(method, images, classes, plan, ranks, workers, config.evaluate.images_at_once, *folders)
     facts = {"dataset": config.data.name, "split": config.data.val_split, "images": len(images)}
     seconds, names = round(time.perf_counter() - started, 1), ("background", *dataset.classes)
     rows, tables, summary = [], [], []
@@ -72,35 +78,55 @@ def evaluate(
 
 def score(
     method: nn.Module, dataset: Dataset, num_classes: int, plan: Plan, ranks: Ranks, workers: int = 0,
-    save_labels: str | None = None, save_overlays: str | None = None,
+    batch_size: int | None = None, save_labels: str | None = None, save_overlays: str | None = None,
 ) -> dict[Row, np.ndarray]:
     """The confusion matrix (K+1, K+1) of every row of the plan over a whole data set, the same on all ranks.
 
     Rank r takes the images r, r + world, ...; integer counts are summed, so the number of processes changes nothing.
     On a CPU each image is computed by one thread, as many images at once as there are threads: sums in another order
-    round otherwise, so that scores would depend on the number of threads.
+    round otherwise, so that scores would depend on the number of threads. batch_size: how many images of one size go
+    through the method together; None: 1 on a CPU, for the same reason, 8 on a GPU. While the device computes one batch,
+    another thread decides labels, runs the CRF and draws.
     save_labels, save_overlays: folders of the label PNGs (FOLDER/MAP/NAME.png) and the pictures (FOLDER/NAME.png).
     """
     matrices = {row: np.zeros((num_classes + 1, num_classes + 1), np.int64) for row in plan.rows}
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
     # a generator of its own: the loader must not draw from the one that training goes on with
     loader = DataLoader(share, batch_size=None, collate_fn=_as_is, num_workers=workers, generator=torch.Generator())
+    together = batch_size or (GPU_BATCH if ranks.device.type == "cuda" else 1)
 
-    def predicted(item: EvalItem) -> tuple[EvalItem, Prediction]:
-        return item, predict(method, item.image.to(ranks.device), item.labels.to(ranks.device), plan, item.name)
+    def predicted(items: list[EvalItem]) -> list[tuple[EvalItem, Prediction]]:
+        images = torch.stack([item.image for item in items]).to(ranks.device)
+        labels = torch.stack([item.labels for item in items]).to(ranks.device)
+        return list(zip(items, predict_batch(method, images, labels, plan, [i.name for i in items]), strict=True))
 
     # closed on the way out, so that a message of an error starts on a line of its own
-    bar = tqdm(loader, "evaluate", disable=ranks.rank != 0, dynamic_ncols=True)
-    with bar as items, evaluation_mode(method), _image_threads(ranks.device) as threads:
-        for item, prediction in _in_threads(predicted, items, threads):
+    bar = tqdm(desc="evaluate", total=len(share), disable=ranks.rank != 0, dynamic_ncols=True)
+    with bar, evaluation_mode(method), _image_threads(ranks.device) as threads:
+        batches = _in_threads(predicted, same_size(loader, together), threads)
+        for item, prediction in itertools.chain.from_iterable(batches):
             for row, labels in prediction.labels.items():
                 matrices[row] += confusion_matrix(item.label_map, labels, num_classes + 1)
                 if save_labels:
                     write_label_png(Path(save_labels) / row_name(row) / f"{item.name}.png", labels)
             if save_overlays:
                 save_picture(Path(save_overlays) / f"{item.name}.png", _picture(item, prediction))
+            bar.update()
     total = all_reduce_sum(torch.from_numpy(np.stack(list(matrices.values()))).to(ranks.device)).cpu().numpy()
     return dict(zip(matrices, total, strict=True))
+
+
+def same_size(items: Iterable[EvalItem], count: int) -> Iterator[list[EvalItem]]:
+    """The items in lists of up to `count` images of one size. At most WAITING * count of them wait for company."""
+    waiting: dict[torch.Size, list[EvalItem]] = {}
+    for item in items:
+        group = waiting.setdefault(item.image.shape, [])
+        group.append(item)
+        if len(group) == count:
+            yield waiting.pop(item.image.shape)
+        elif sum(map(len, waiting.values())) > WAITING * count:
+            yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
+    yield from waiting.values()
 
 
 def check_classes(path: str, classes: Sequence[str]) -> None:
@@ -132,9 +158,10 @@ def row_name(row: Row) -> str:
 
 @contextmanager
 def _image_threads(device: torch.device) -> Iterator[int]:
-    """How many images to compute at once: on a CPU one for each of torch's threads, which has one thread meanwhile."""
+    """How many batches to compute at once: on a CPU one for each of torch's threads, which has one thread meanwhile;
+    on a GPU two, so that it need not wait while labels are brought back and counted."""
     if device.type != "cpu":
-        yield 1
+        yield 2
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Maps and label maps of one image, by a plan that says how.
+"""Maps and label maps of images, by a plan that says how.
 
 A method is known by `localize`, `segment` and `classify` alone. Sources of the settings: configs/default.yaml.
 """
@@ -102,29 +102,41 @@ def evaluation_mode(method: nn.Module) -> Iterator[None]:
         method.train(training)
 
 
-@torch.no_grad()
 def predict(method: nn.Module, image: Tensor, labels: Tensor | None, plan: Plan, name: str = "image") -> Prediction:
-    """Maps and label maps of one image (3, H, W), normalised, on the method's device.
+    """`predict_batch` of one image (3, H, W) with labels (K,)."""
+    return predict_batch(method, image[None], None if labels is None else labels[None], plan, [name])[0]
 
-    The image is resized to plan.base_size, the maps back to (H, W), both bilinearly; labels are decided at (H, W).
-    labels: its image-level labels (K,), not read where the plan predicts them.
+
+@torch.no_grad()
+def predict_batch(
+    method: nn.Module, images: Tensor, labels: Tensor | None, plan: Plan, names: Sequence[str]
+) -> list[Prediction]:
+    """Maps and label maps of images of one size (B, 3, H, W), normalised, on the method's device.
+
+    The images are resized to plan.base_size, the maps back to (H, W), both bilinearly; labels are decided at (H, W).
+    labels: their image-level labels (B, K), not read where the plan predicts them.
     Raises UserError, naming the image, where a map is not finite.
     """
-    size = image.shape[-2:]
-    images = _square(image, plan.base_size, 1.0)
+    size = images.shape[-2:]
+    squares = _squares(images, plan.base_size, 1.0)
     maps: dict[str, Tensor] = {}
     if "seg" in plan.kinds or plan.predicted == "segmentation":
-        maps["seg"] = _segment(method, image, plan)
+        maps["seg"] = _segment(method, images, plan)
     needed = [kind for kind in ("cam", "lam") if kind in plan.kinds or "fused" in plan.kinds]
-    coarse = {kind: method.localize(images, kind, plan.maps[kind].scales, plan.maps[kind].flip) for kind in needed}
+    coarse = {kind: method.localize(squares, kind, plan.maps[kind].scales, plan.maps[kind].flip) for kind in needed}
     if "fused" in plan.kinds:
         coarse["fused"] = min_max(coarse["cam"] * coarse["lam"])
-    maps.update({kind: resize(values, size)[0] for kind, values in coarse.items()})
-    for kind, values in maps.items():
-        if not values.isfinite().all():
-            raise UserError(f"{name}: the values of map '{kind}' are not finite; are the weights sound?")
-    present = _present_classes(method, images, labels, maps.get("seg"), plan)
-    return Prediction(maps, present, {row: _label_map(row, maps, present, plan, image) for row in plan.rows})
+    maps.update({kind: resize(values, size) for kind, values in coarse.items()})
+    present = _present_classes(method, squares, labels, maps.get("seg"), plan)
+    predictions = []
+    for index, name in enumerate(names):
+        own = {kind: values[index] for kind, values in maps.items()}
+        for kind, values in own.items():
+            if not values.isfinite().all():
+                raise UserError(f"{name}: the values of map '{kind}' are not finite; are the weights sound?")
+        drawn = {row: _label_map(row, own, present[index], plan, images[index]) for row in plan.rows}
+        predictions.append(Prediction(own, present[index], drawn))
+    return predictions
 
 
 def threshold(maps: Tensor, present: Tensor, bkg: float) -> Tensor:
@@ -142,29 +154,30 @@ def crf_labels(scores: Tensor, ids: Tensor, image: np.ndarray, settings: dict) -
     return ids.to(refined.device)[refined.argmax(0)].byte().cpu().numpy()
 
 
-def _square(image: Tensor, base_size: int | None, scale: float) -> Tensor:
-    """(3, H, W) -> (1, 3, S, S) with S = int(scale * base_size); (1, 3, H, W) where there is no base size."""
-    return image[None] if base_size is None else resize(image[None], (int(scale * base_size),) * 2)
+def _squares(images: Tensor, base_size: int | None, scale: float) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, S, S) with S = int(scale * base_size); unchanged where there is no base size."""
+    return images if base_size is None else resize(images, (int(scale * base_size),) * 2)
 
 
-def _segment(method: nn.Module, image: Tensor, plan: Plan) -> Tensor:
-    """Logits (K+1, H, W). As released, each scale's square is made from the image, not from the square of scale 1."""
+def _segment(method: nn.Module, images: Tensor, plan: Plan) -> Tensor:
+    """Logits (B, K+1, H, W). As released, every square is made from the image, not from the square of scale 1."""
     scales, flip, _ = plan.maps["seg"]
     if plan.base_size is None:
-        return method.segment(image[None], scales, flip)[0]
-    squares = (_square(image, plan.base_size, scale) for scale in scales)
-    logits = [method.segment(square, (1.0,), flip, image.shape[-2:])[0] for square in squares]
+        return method.segment(images, scales, flip)
+    squares = (_squares(images, plan.base_size, scale) for scale in scales)
+    logits = [method.segment(square, (1.0,), flip, images.shape[-2:]) for square in squares]
     return torch.stack(logits).amax(0)
 
 
 def _present_classes(
     method: nn.Module, images: Tensor, labels: Tensor | None, logits: Tensor | None, plan: Plan
 ) -> Tensor:
-    """bool (K,): the given labels; or classes of logit > 0; or those with min_pixels of the segmentation."""
+    """bool (B, K): the given labels; or classes of logit > 0; or those with min_pixels of the segmentation."""
     if plan.predicted == "classifier":
-        return method.classify(images)[0] > 0
+        return method.classify(images) > 0
     if plan.predicted == "segmentation":
-        return torch.bincount(logits.argmax(0).flatten(), minlength=len(logits))[1:] >= plan.min_pixels
+        found = (torch.bincount(one.argmax(0).flatten(), minlength=len(one)) for one in logits)
+        return torch.stack([counts[1:] >= plan.min_pixels for counts in found])
     if labels is None:
         raise ValueError("the plan takes given image labels, but there are none")
     return labels > 0

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from datasets import build_train_set, build_val_set, collate_train
 from engine import checkpoint
-from engine.distributed import Ranks, all_reduce_sum, barrier, global_ratio
+from engine.distributed import Ranks, all_reduce_sum, barrier, global_ratio, loader_workers, use_tf32
 from engine.evaluate import check_classes, validate
 from engine.optimizer import build_optimizer, set_lr
 from engine.pictures import training_picture
@@ -39,6 +39,8 @@ class Trainer:
         self.optimizer = build_optimizer(method.param_groups(config.train.lr), config.train)
         self.iteration = 0
         self.parallel: nn.Module = method
+        if config.train.compile:
+            method.compile()
         if ranks.world > 1:
             method.ratio = global_ratio
             devices = [ranks.device] if ranks.device.type == "cuda" else None
@@ -80,6 +82,7 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
         raise UserError(f"{folder} holds a run already: continue it with resume=auto, or give another tag")
     log = setup_logger(folder / "train.log", main=main)
 
+    use_tf32(config.train.tf32)
     train_set, val_set = build_train_set(config), build_val_set(config)
     torch.manual_seed(config.seed)
     method = build_method(config, len(train_set.classes))
@@ -165,7 +168,7 @@ def _loader(train_set, config: DictConfig, ranks: Ranks, start: int) -> DataLoad
         len(train_set), config.train.batch_size, config.train.iterations, config.seed, ranks.rank, ranks.world, start
     )
     return DataLoader(
-        train_set, batch_sampler=batches, collate_fn=collate_train, num_workers=config.data.workers,
+        train_set, batch_sampler=batches, collate_fn=collate_train, num_workers=loader_workers(config, ranks),
         pin_memory=ranks.device.type == "cuda",
     )
 

@@ -11,6 +11,8 @@
     step        the real trainer's step in its last stage against baselines/plain_step.py: the whole, its phases,
                 operators, utilisation, peak memory (--no-baseline, --no-memory: ours alone, without the latter)
     parts       PAR refinement and the two losses of LIR, with their gradients, against the same baseline
+    data        images a second of the training data set, with each of --threads workers
+    ddp         a step of two processes with one CPU thread each against one process with one thread
 
 Sizes are HEIGHTxWIDTHxCHANNELS. Times are of a whole batch. In every repeat the baseline and ours, at each number of
 threads, take turns: the table shows the median of every time, and the median of the repeats' ratios, baseline to ours.
@@ -250,6 +252,8 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[dict]]] = {  # each pr
     "crf": functools.partial(compare, "crf", "pydensecrf", crf_rivals, CRF_VALUES),
     "step": functools.partial(training, "step"),
     "parts": functools.partial(training, "parts"),
+    "data": functools.partial(training, "data"),
+    "ddp": functools.partial(training, "ddp"),
 }
 
 
@@ -293,13 +297,13 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmarks", nargs="+", choices=BENCHMARKS, metavar="|".join(BENCHMARKS))
     parser.add_argument("--sizes", type=sizes, default="224x224x21,224x224x81,375x500x21,375x500x81")
-    parser.add_argument("--batch", type=numbers, help="default 1,4,8, without the largest cases of crf; 4 for training")
+    parser.add_argument("--batch", type=numbers, help="default 1,4,8 (crf: without the largest); training: 4 (ddp: 1)")
     parser.add_argument("--threads", type=numbers, default="1,2")
     parser.add_argument("--repeats", type=number, help="default: what fits into a few seconds a case")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--images", type=Path, help="folder of images, resized to the size; default: generated shapes")
-    parser.add_argument("--crop", type=number, default=448, help="step, parts: side of the crops")
-    parser.add_argument("--backbone", default="vit_base_patch16_224", help="step: a plain timm ViT")
+    parser.add_argument("--crop", type=number, default=448, help="of training: side of the crops")
+    parser.add_argument("--backbone", default="vit_base_patch16_224", help="step, ddp: a plain timm ViT")
     parser.add_argument("--precision", type=precisions, default="fp32", help="step: fp32, bf16 or fp32,bf16")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="step: ours alone")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="step: no peak memory")

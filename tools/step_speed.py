@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -17,9 +19,15 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.distributed import Ranks
+from datasets import collate_train
+from datasets.samples import Sample
+from datasets.sets import TrainSet
+from datasets.transforms import build_augmentation, seeded
+from engine.distributed import Ranks, barrier, cleanup, setup
+from engine.sampler import GlobalBatches
 from engine.train import Trainer
 from model.losses.ratio import local_ratio
 from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
@@ -28,7 +36,8 @@ from model.pseudo_labels import refined_labels
 from tools.baselines import plain_step
 from utils.batch import Batch
 from utils.config import load_config
-from utils.images import normalize
+from utils.errors import UserError
+from utils.images import normalize, read_rgb
 
 ALLOWED_DIFFERENCE = {"fp32": 1e-3, "bf16": 5e-2}   # of a loss term, relative to the total: two formulations in float32
 LATE = 12_000   # an iteration at which every term has a weight and token labels come from the main CAM
@@ -319,3 +328,102 @@ def _with_gradient(call: Callable[[], Tensor]) -> Callable[[], None]:
             result.backward()
 
     return both
+
+
+def data(options: argparse.Namespace) -> list[dict]:
+    """Images a second that the training data set makes: decoding and augmentation alone, then through its loader."""
+    from tools.benchmark import load_images
+
+    if options.images is None:
+        raise UserError("data needs --images FOLDER, real images: what they cost to decode is the question")
+    load_images(options.images, 1, 8, 8)   # says what is wrong with the folder
+    config = load_config("more_voc", [f"data.crop_size={options.crop}"])
+    paths = sorted(p for p in options.images.glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    augment = build_augmentation(config.data)
+    samples = [Sample(path.stem, path, None) for path in paths]
+    train_set = TrainSet(samples, lambda sample: torch.zeros(CLASSES), tuple(map(str, range(CLASSES))), augment)
+    count = min(len(paths), 128)
+    begin = time.perf_counter()
+    pictures = [read_rgb(path) for path in paths[:count]]
+    decoding = (time.perf_counter() - begin) / count
+    begin = time.perf_counter()
+    for seed, picture in enumerate(pictures):
+        with seeded(seed):
+            augment(picture)
+    augmenting = (time.perf_counter() - begin) / count
+    sides = statistics.mean(max(picture.shape) for picture in pictures)
+    print(f"\ndata: {count} images, long side {sides:.0f} on the mean, crops of {options.crop}: decode "
+          f"{1000 * decoding:.2f} ms, augment and normalise {1000 * augmenting:.2f} ms an image")
+    row = {"benchmark": "data", "crop": options.crop, "decode": decoding, "augment": augmenting, "images_a_second": {}}
+    for workers in options.threads:
+        length = max(count, 256) // 4
+        batches = GlobalBatches(len(paths), 4, length, seed=0)
+        loader = DataLoader(train_set, batch_sampler=batches, collate_fn=collate_train, num_workers=workers)
+        turns = iter(loader)
+        for _ in range(4):
+            next(turns)   # the workers have started
+        begin = time.perf_counter()
+        for _ in turns:
+            pass
+        rate = 4 * (length - 4) / (time.perf_counter() - begin)
+        row["images_a_second"][workers] = rate
+        print(f"  {workers} worker(s): {rate:.1f} images/s", flush=True)
+    return [row]
+
+
+def ddp(options: argparse.Namespace) -> list[dict]:
+    """Steps of two processes with one thread each against one process with one thread, each with --batch images."""
+    rows = []
+    for batch in options.batch or (1,):
+        spent = {world: processes_step(options, batch, world) for world in (1, 2)}
+        ratio = 2 * spent[1] / spent[2]
+        rows.append({"benchmark": "ddp", "batch": batch, "crop": options.crop, "seconds": spent, "ratio": ratio})
+        print(f"\nddp: {options.backbone}, {batch} image(s) of {options.crop} a process, one thread each: one process "
+              f"{spent[1]:.2f} s a step, two {spent[2]:.2f} s: {ratio:.2f} times the images a second", flush=True)
+    return rows
+
+
+def processes_step(options: argparse.Namespace, batch: int, world: int) -> float:
+    """Seconds of a step, the median of --repeats (3), of `world` processes that train together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "repeats": options.repeats or 3}
+    command = [sys.executable, "-c", "import tools.step_speed as s; s.report_step()", json.dumps(given)]
+    root = Path(__file__).resolve().parents[1]
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WSSS_DEVICE": "cpu"}
+    runs = [
+        subprocess.Popen(
+            command, cwd=root, env=os.environ | common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(world)
+    ]
+    outputs = [run.communicate()[0] for run in runs]
+    if any(run.returncode for run in runs):
+        sys.exit("ddp: a process failed")
+    return float(outputs[0].split()[-1])
+
+
+def report_step() -> None:
+    """Prints the seconds of a step; in the processes that `processes_step` starts."""
+    from tools.benchmark import load_images
+
+    options = argparse.Namespace(**json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    ranks = setup()
+    overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"data.crop_size={options.crop}"]
+    torch.manual_seed(0)
+    config = load_config("more_voc", overrides)
+    trainer = Trainer(MoRe(config, CLASSES).train(), config, ranks)
+    trainer.iteration = LATE
+    given = step_batch(load_images(None, options.batch, options.crop, options.crop), "cpu")
+    trainer.step(given)
+    spent = []
+    for _ in range(options.repeats):
+        barrier()
+        begin = time.perf_counter()
+        trainer.step(given)
+        spent.append(time.perf_counter() - begin)
+    if ranks.rank == 0:
+        print(statistics.median(spent))
+    cleanup()

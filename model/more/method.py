@@ -123,6 +123,10 @@ class MoRe(nn.Module):
         """Starts the backbone from an image classifier's weights (timm's names)."""
         self.network.backbone.load_start_weights(weights)
 
+    def compile(self, **options) -> None:
+        """torch.compile of the backbone, where nearly all the time goes; each image size is compiled for itself."""
+        self.network.backbone.compile(dynamic=False, **options)
+
     def from_official(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of this module made from a released MoRe weight file, strictly."""
         own = from_official(weights, self.network)

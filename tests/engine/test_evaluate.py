@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from engine.distributed import Ranks
-from engine.evaluate import check_classes, evaluate, run_folder, score, validate
+from engine.evaluate import check_classes, evaluate, run_folder, same_size, score, validate
 from engine.pictures import training_picture
 from engine.predict import evaluation_plan, predict, threshold, validation_plan
 from engine.results import append_results
@@ -236,6 +236,43 @@ def test_two_processes_score_what_one_does(tmp_path):
     assert [{**row, "seconds": 0} for row in shared] == [{**row, "seconds": 0} for row in alone]
     assert not (tmp_path / "two.1").exists() and "Summary" not in outputs[1]
     assert outputs[1].strip() == repr([row["miou"] for row in alone])
+
+
+@pytest.mark.parametrize("base_size", ["null", "8"])
+def test_images_of_one_size_go_together(base_size):
+    """Sizes 6..11 squared: the batches change neither a score nor which image has which labels."""
+    class Counting(FakeMethod):
+        def segment(self, images, *rest):
+            batches.append(len(images))
+            return super().segment(images, *rest)
+
+    plan, dataset = evaluation_plan(config(f"evaluate.base_size={base_size}", "evaluate.crf=true")), FakeSet(60)
+    alone = score(FakeMethod(), dataset, K, plan, ALONE)
+    for count in (2, 5, 60):
+        batches: list[int] = []
+        together = score(Counting(), dataset, K, plan, ALONE, batch_size=count)
+        assert sum(batches) in (60, 180) and 1 < max(batches) <= count
+        assert alone.keys() == together.keys()
+        for row, matrix in alone.items():
+            np.testing.assert_array_equal(together[row], matrix, err_msg=str(row))
+
+
+def test_same_size_loses_and_mixes_nothing():
+    items = [FakeSet(1)[index] for index in range(200)]
+    groups = list(same_size(iter(items), 3))
+    assert sorted(item.name for group in groups for item in group) == sorted(item.name for item in items)
+    assert all(len({item.image.shape for item in group}) == 1 and len(group) <= 3 for group in groups)
+    taken = 0
+
+    def counted():
+        nonlocal taken
+        for taken, item in enumerate(items, 1):  # noqa: B007
+            yield item
+
+    given = 0
+    for group in same_size(counted(), 3):
+        given += len(group)
+        assert taken - given <= 3 * 8   # so many wait at most
 
 
 def test_more_processes_than_images():
