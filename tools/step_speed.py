@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import resource
 import socket
 import statistics
 import subprocess
@@ -226,9 +225,13 @@ def report_peak() -> None:
     trainer = make_trainer(step_config(options, options.precision), options.plain, options.device)
     for _ in range(2):
         trainer.step(given)
-    cuda = options.device == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak / 1e9)
+    print((torch.cuda.max_memory_allocated() if options.device == "cuda" else _peak_of_process()) / 1e9)
+
+
+def _peak_of_process() -> int:
+    """Bytes; not ru_maxrss, which a process inherits from the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def print_step(row: dict) -> None:

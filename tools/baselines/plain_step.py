@@ -17,7 +17,6 @@ from model.losses.affinity import ptc_loss
 from model.more.lir import EPS, MIN_WINDOW_SUM, WINDOW, token_loss
 from model.more.method import FROM_PSEUDO_LABELS, MoRe
 from model.more.network import Outputs
-from model.multi_scale import localization_maps
 from model.par import COLOUR_WIDTH, POSITION_WEIGHT
 from utils.batch import Batch
 from utils.images import IGNORE, denormalize
@@ -55,11 +54,21 @@ class PlainMoRe(MoRe):
 
     @torch.no_grad()
     def _all_cams(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        def cams(scaled: Tensor) -> tuple[Tensor, Tensor]:
-            _, patches, aux = plain_features(self.network.backbone, scaled)
-            return self.network.classifier(patches), self.network.aux_classifier(aux)
-
-        return localization_maps(images, cams, self.labels_config.cam_scales, flip=True, relu=True)
+        """CAM and auxiliary CAM: image and flip in one batch at every scale."""
+        size, total = images.shape[-2:], [0, 0]
+        for scale in [1.0, *(s for s in self.labels_config.cam_scales if s != 1.0)]:
+            shape = [int(scale * side) for side in size]
+            scaled = F.interpolate(images, shape, mode="bilinear", align_corners=False) if scale != 1 else images
+            _, patches, aux = plain_features(self.network.backbone, torch.cat([scaled, scaled.flip(-1)]))
+            for index, coarse in enumerate((self.network.classifier(patches), self.network.aux_classifier(aux))):
+                maps = F.interpolate(coarse, size, mode="bilinear", align_corners=False)
+                straight, mirrored = maps.chunk(2)
+                total[index] = total[index] + torch.maximum(straight, mirrored.flip(-1)).relu()
+        normal = []
+        for maps in total:
+            maps = maps - maps.amin((-2, -1), keepdim=True)
+            normal.append(maps / (maps.amax((-2, -1), keepdim=True) + 1e-5))
+        return tuple(normal)
 
     @torch.no_grad()
     def _pixel_labels(self, cam: Tensor, batch: Batch, image: Tensor) -> Tensor:
