@@ -259,7 +259,8 @@ def parts(options: argparse.Namespace) -> list[dict]:
         for name, rivals in part_rivals(options, batch, side).items():
             with Counter() as counter:
                 result = rivals[0]()
-            difference = float((result - rivals[1]()).detach().abs().double().mean())
+            apart = (result - rivals[1]()).detach()   # of labels: the share that differs
+            difference = float((apart.abs() if apart.is_floating_point() else apart != 0).double().mean())
             ours, plain = (_with_gradient(call) for call in rivals)
             times: dict[str, list[float]] = {"ours": [], "plain": []}
             for _ in range(options.repeats or 9):

@@ -48,16 +48,29 @@ def official_values(values, network):
     return result
 
 
+def golden_trainer(golden, arrays, dtype=torch.float32, precision="fp32"):
+    method, config = golden_method(golden, arrays)
+    trace_config(config, arrays)
+    config.train.precision = precision
+    method.to(dtype).train().token_order = in_order
+    return Trainer(method, config, Ranks(0, 1, torch.device("cpu")))
+
+
+def golden_batches(arrays, dtype=torch.float32):
+    for images_u8, labels in zip(arrays["images_u8"], arrays["cls_label"], strict=True):
+        images = (images_u8.astype(np.float64) - arrays["mean"]) / arrays["std"]
+        images = torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous().to(dtype)
+        valid = torch.ones(len(images), *images.shape[-2:], dtype=torch.bool)
+        seeds = torch.zeros(len(images), dtype=torch.int64)
+        yield Batch([""] * len(images), images, torch.from_numpy(labels).to(dtype), valid, seeds)
+
+
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def trace(golden, request):
     """Arrays of the reference, and the same things of ours, made by Trainer.step."""
     arrays = golden("more/train_trace.npz")
-    method, config = golden_method(golden, arrays)
-    method.to(request.param)
-    trace_config(config, arrays)
-    method.train()
-    method.token_order = in_order
-    trainer = Trainer(method, config, Ranks(0, 1, torch.device("cpu")))
+    trainer = golden_trainer(golden, arrays, request.param)
+    method = trainer.method
     start = {name: value.clone() for name, value in method.network.named_parameters()}
     ours = {name: [] for name in ("terms", "lr", "cls_logits", "grad_norm", *PSEUDO)}
 
@@ -76,13 +89,8 @@ def trace(golden, request):
 
     method.pseudo_labels = pseudo_labels
     names = [str(name) for name in arrays["param_names"]]
-    for images_u8, labels in zip(arrays["images_u8"], arrays["cls_label"], strict=True):
-        images = (images_u8.astype(np.float64) - arrays["mean"]) / arrays["std"]
-        images = torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous().to(request.param)
-        valid = torch.ones(len(images), *images.shape[-2:], dtype=torch.bool)
-        seeds = torch.zeros(len(images), dtype=torch.int64)
-        labels = torch.from_numpy(labels).to(request.param)
-        terms = trainer.step(Batch([""] * len(images), images, labels, valid, seeds))
+    for batch in golden_batches(arrays, request.param):
+        terms = trainer.step(batch)
         ours["terms"].append({name: float(value) for name, value in terms.items()})
         rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
         ours["lr"].append([rates[name] for name in GROUPS])
@@ -143,3 +151,14 @@ def test_final_parameters(trace):
         index = [i * len(mine) // 64 for i in range(64)] if len(mine) >= 64 else list(range(len(mine)))
         theirs = arrays["final_slice"][row][: len(index)]
         np.testing.assert_allclose(mine[index].numpy(), theirs, rtol=0, atol=5e-4, err_msg=name)
+
+
+def test_bf16_stays_in_a_band(golden):
+    """Autocast in bf16: every term within 5 % of the largest value it takes in the trace."""
+    arrays = golden("more/train_trace.npz")
+    trainer = golden_trainer(golden, arrays, precision="bf16")
+    made = [trainer.step(batch) for batch in golden_batches(arrays)]
+    for column, name in enumerate(arrays["term_names"]):
+        mine, theirs = np.array([float(terms[TERMS[str(name)]]) for terms in made]), arrays["loss_terms"][:, column]
+        assert np.abs(mine - theirs).max() <= 0.05 * np.abs(theirs).max(), name
+    assert np.abs(mine - theirs).max() > 1e-5, "it was float32"
