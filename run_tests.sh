@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need, builds the extension and runs all tests; arguments go to pytest:
+# Installs what the tests need, builds the extension and runs all tests, two at a time; arguments go to pytest instead:
 #     bash run_tests.sh tests/goldens -k par
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -10,4 +10,10 @@ import torch
 from bilateralfilter import bilateral_filter
 bilateral_filter(torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 2, 2), 15.0, 50.0)  # the first call builds it
 "
-exec .venv/bin/python -m pytest "$@"
+if (($#)); then
+  exec .venv/bin/python -m pytest "$@"
+fi
+status=0
+.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/goldens || status=$?
+.venv/bin/python -m pytest tests/goldens || status=$?   # by itself: it counts the goldens that were compared
+exit "$status"

@@ -75,8 +75,10 @@ def uncertain_loss(
     """
     count = labels.sum(1, keepdim=True)
     pull = (1 - labels) / (labels.shape[1] - count + 1) - labels / (count + 1)                            # (B, K)
-    sampled = patches.flatten(2).gather(2, samples.index.unsqueeze(1).expand(-1, patches.shape[1], -1))   # (B, D, T)
-    similarity = torch.bmm(F.normalize(class_tokens.detach(), dim=-1), F.normalize(sampled, dim=1)).abs() # (B, K, T)
+    tokens = patches.flatten(2).transpose(1, 2)                                                           # (B, N, D)
+    sampled = tokens.gather(1, samples.index.unsqueeze(2).expand(-1, -1, tokens.shape[2]))                # (B, T, D)
+    sampled = F.normalize(sampled, dim=2).transpose(1, 2)
+    similarity = torch.bmm(F.normalize(class_tokens.detach(), dim=-1), sampled).abs()                     # (B, K, T)
     losses = 0.5 * torch.bmm(pull.unsqueeze(1), similarity).squeeze(1) + 0.5                              # (B, T)
     return ratio((losses * samples.weight).sum(), samples.weight.sum().clamp(min=1e-12), eps=0)
 
