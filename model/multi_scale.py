@@ -8,7 +8,7 @@ from torch import Tensor
 
 Maps = tuple[Tensor, ...]
 
-PIXELS_AT_ONCE = 1 << 20   # of the images that go through the network together
+PIXELS_AT_ONCE = 1 << 19   # of the images that go through the network together
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

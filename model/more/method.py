@@ -51,6 +51,7 @@ class MoRe(nn.Module):
         with torch.autocast(batch.images.device.type, enabled=False):
             out = type(out)(*map(full_precision, out))
             pseudo = self.pseudo_labels(cams, batch, out.patches.shape[-2:], iteration)
+            del cams   # large
             seg_logits = resize(out.seg_logits, batch.images.shape[-2:])
             c = self.loss_config
             samples = sample_uncertain(
