@@ -9,7 +9,7 @@
     crf         DenseCRF against pydensecrf, with the crf: parameters of configs/default.yaml, for smooth random maps;
                 difference: share of pixels with another label
     step        the real trainer's step in its last stage against baselines/plain_step.py: the whole, its phases,
-                operators, utilisation, peak memory (--no-baseline, --no-memory: ours alone, without the latter)
+                operators, utilisation, peak memory (--no-baseline: ours alone)
     parts       PAR refinement and the two losses of LIR, with their gradients, against the same baseline
     data        images a second of the training data set, with each of --threads workers
     ddp         a step of two processes with one CPU thread each against one process with one thread
@@ -306,7 +306,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--backbone", default="vit_base_patch16_224", help="step, ddp: a plain timm ViT")
     parser.add_argument("--precision", type=precisions, default="fp32", help="step: fp32, bf16 or fp32,bf16")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="step: ours alone")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="step: no peak memory")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args(argv)
     if options.json:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from datasets.samples import Sample
 from datasets.sets import TrainSet
 from datasets.transforms import build_augmentation, seeded
 from engine.distributed import Ranks, barrier, cleanup, setup
+from engine.launch import ALLOCATOR
 from engine.sampler import GlobalBatches
 from engine.train import Trainer
 from model.losses.ratio import local_ratio
@@ -148,47 +149,94 @@ def step(options: argparse.Namespace) -> list[dict]:
 
 
 def measure_step(options: argparse.Namespace, batch: int, precision: str) -> dict:
+    """The measured part of a row. Each formulation runs in a process of its own, ours as the launchers start it; they
+    take turns, so that each has all cores and a peak of its own."""
+    given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "device": options.device}
+    given["images"] = str(options.images or "")
+    allocator = ALLOCATOR if options.device == "cpu" else {}
+    workers = {"ours": StepWorker({**given, "precision": precision, "plain": False}, allocator)}
+    if options.baseline:
+        workers["plain"] = StepWorker({**given, "precision": "fp32", "plain": True}, {})
+    first = {name: worker.step() for name, worker in workers.items()}   # warms up and counts
+    repeats = options.repeats or 3
+    turns = [{name: worker.step() for name, worker in workers.items()} for _ in range(repeats)]
+    times = {name: [turn[name]["seconds"] for turn in turns] for name in workers}
+    row = {key: first["ours"][key] for key in ("operators", "host_reads", "flops")}
+    row |= {"seconds": {name: statistics.median(spent) for name, spent in times.items()}, "repeats": repeats}
+    phases = turns[0]["ours"]["phases"]
+    row["phases"] = {phase: statistics.median(turn["ours"]["phases"][phase] for turn in turns) for phase in phases}
+    row["peak_gb"] = {name: worker.close() for name, worker in workers.items()}
+    if "plain" in workers:
+        row["ratio"] = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
+        ours, plain = first["ours"]["terms"], first["plain"]["terms"]
+        row["difference"] = max(abs(ours[name] - plain[name]) for name in plain) / abs(plain["total"])
+    row["matmul_flops"] = matmul_rate(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    row["utilisation"] = row["flops"] / row["seconds"]["ours"] / row["matmul_flops"]
+    return row
+
+
+class StepWorker:
+    """A process that trains: one step for every line it gets, one line of JSON for every step, the peak at the end."""
+
+    def __init__(self, given: dict, environment: dict[str, str]) -> None:
+        command = [sys.executable, "-c", "import tools.step_speed as s; s.work()", json.dumps(given)]
+        root = Path(__file__).resolve().parents[1]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, cwd=root, env=os.environ | environment, **pipes)
+
+    def step(self) -> dict:
+        """What `work` says of one step."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> float:
+        """Ends it; its peak in GB: of its memory, or of what it has allocated on the GPU."""
+        self.process.stdin.close()
+        peak = self._answer()["peak"]
+        self.process.wait()
+        return peak
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("step: a process that was to be measured ended; its error stands above")
+        return json.loads(line)
+
+
+def work() -> None:
+    """The process of a `StepWorker`."""
     from tools.benchmark import load_images
 
-    device, config = options.device, step_config(options, precision)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    given = step_batch(load_images(options.images, batch, options.crop, options.crop), device)
-    ours = make_trainer(config, False, device)
-    with FlopCounterMode(display=False) as flops, Counter() as counter:   # warms up too
-        terms = ours.step(given)
-    row = {"operators": counter.operators, "host_reads": counter.host_reads, "flops": flops.get_total_flops()}
-    trainers = {"ours": ours}
-    if options.baseline:
-        plain = make_trainer(step_config(options, "fp32"), True, device)
-        expected = plain.step(given)
-        total = abs(float(expected["total"]))
-        row["difference"] = max(abs(float(terms[name] - expected[name])) / total for name in terms)
-        trainers["plain"] = plain
-    times: dict[str, list[float]] = {name: [] for name in trainers}
-    phases: dict[str, float] = defaultdict(float)
-    repeats = options.repeats or 3
-    for _ in range(repeats):
-        for name, trainer in trainers.items():
-            with phases_of(trainer, synchronize) as seconds:
-                synchronize()
-                begin = time.perf_counter()
-                trainer.step(given)
-                synchronize()
-                times[name].append(time.perf_counter() - begin)
-            if name == "ours":
-                for phase, spent in seconds.items():
-                    phases[phase] += spent / repeats
-    row |= {"seconds": {name: statistics.median(spent) for name, spent in times.items()}, "repeats": repeats}
-    row["phases"] = dict(phases)
-    if "plain" in times:
-        row["ratio"] = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
-    row["matmul_flops"] = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    row["utilisation"] = row["flops"] / row["seconds"]["ours"] / row["matmul_flops"]
-    del trainers, ours
-    row["peak_gb"] = {
-        name: peak_memory(options, batch, precision, name) for name in times if options.memory
-    }
-    return row
+    options = argparse.Namespace(**json.loads(sys.argv[1]))
+    folder = Path(options.images) if options.images else None
+    given = step_batch(load_images(folder, options.batch, options.crop, options.crop), options.device)
+    trainer = make_trainer(step_config(options, options.precision), options.plain, options.device)
+    cuda = options.device == "cuda"
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
+    counted = False
+    for _ in sys.stdin:
+        flops, counter = FlopCounterMode(display=False), Counter()
+        with ExitStack() as stack:
+            for mode in () if counted else (flops, counter):
+                stack.enter_context(mode)
+            phases = stack.enter_context(phases_of(trainer, synchronize))
+            synchronize()
+            begin = time.perf_counter()
+            terms = trainer.step(given)
+            synchronize()
+            seconds = time.perf_counter() - begin
+        answer = {"seconds": seconds, "phases": phases, "terms": {name: float(x) for name, x in terms.items()}}
+        answer |= {"operators": counter.operators, "host_reads": counter.host_reads, "flops": flops.get_total_flops()}
+        counted = True
+        print(json.dumps(answer), flush=True)
+    print(json.dumps({"peak": (torch.cuda.max_memory_allocated() if cuda else _peak_of_process()) / 1e9}), flush=True)
+
+
+def _peak_of_process() -> int:
+    """Bytes; not ru_maxrss, which a process inherits from the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
@@ -201,37 +249,6 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
         (a @ b).sum().item()
         spent.append(time.perf_counter() - begin)
     return 2 * side**3 / statistics.median(spent)
-
-
-def peak_memory(options: argparse.Namespace, batch: int, precision: str, name: str) -> float:
-    """Peak of two steps in a process of their own, GB: of its memory, or of what it has allocated on the GPU."""
-    given = {"batch": batch, "precision": precision, "plain": name == "plain", "images": str(options.images or "")}
-    given |= {"crop": options.crop, "backbone": options.backbone, "device": options.device}
-    command = [sys.executable, "-c", "import tools.step_speed as s; s.report_peak()", json.dumps(given)]
-    root = Path(__file__).resolve().parents[1]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if result.returncode:
-        sys.exit(f"step: the process that measures memory failed:\n{result.stderr[-2000:]}")
-    return float(result.stdout.split()[-1])
-
-
-def report_peak() -> None:
-    """Prints the peak; in the process that `peak_memory` starts."""
-    from tools.benchmark import load_images
-
-    options = argparse.Namespace(**json.loads(sys.argv[1]))
-    folder = Path(options.images) if options.images else None
-    given = step_batch(load_images(folder, options.batch, options.crop, options.crop), options.device)
-    trainer = make_trainer(step_config(options, options.precision), options.plain, options.device)
-    for _ in range(2):
-        trainer.step(given)
-    print((torch.cuda.max_memory_allocated() if options.device == "cuda" else _peak_of_process()) / 1e9)
-
-
-def _peak_of_process() -> int:
-    """Bytes; not ru_maxrss, which a process inherits from the one that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def print_step(row: dict) -> None:
@@ -248,8 +265,7 @@ def print_step(row: dict) -> None:
     print("  " + ", ".join(f"{phase} {spent:.3f} s" for phase, spent in row["phases"].items()))
     print(f"  {row['operators']} operators, {row['host_reads']} host reads, {row['flops'] / 1e9:.0f} GFLOP: "
           f"{100 * row['utilisation']:.0f} % of the {row['matmul_flops'] / 1e9:.0f} GFLOP/s of a matrix product")
-    peaks = ", ".join(f"{name} {peak:.2f} GB" for name, peak in row["peak_gb"].items())
-    print(f"  peak memory {peaks or 'not measured'}", flush=True)
+    print("  peak memory " + ", ".join(f"{name} {peak:.2f} GB" for name, peak in row["peak_gb"].items()), flush=True)
 
 
 def parts(options: argparse.Namespace) -> list[dict]:
