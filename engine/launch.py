@@ -34,8 +34,6 @@ from utils.errors import UserError  # noqa: E402
 
 ERROR_FILE = "WSSS_ERROR_FILE"  # names the file that takes the first mistake of all processes
 DEVICE = "WSSS_DEVICE"  # cpu or cuda
-# glibc keeps blocks up to this size instead of giving each back and having its pages cleared at the next use
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(48 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 USER_ERROR_CODE = 2
 
 
@@ -154,7 +152,7 @@ def check_port(text: str) -> int:
 
 
 def environment(ids: list[int] | None, count: int) -> dict[str, str]:
-    """Variables for the processes: device, visible GPUs, their share of the threads, path, on a CPU the allocator's."""
+    """Variables for the processes: the device, the visible GPUs, threads shared out among the processes, the path."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     path = os.environ.get("PYTHONPATH")
@@ -163,7 +161,6 @@ def environment(ids: list[int] | None, count: int) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": ",".join(visible[i] if visible else str(i) for i in ids or ()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT),
-        **({name: os.environ.get(name, value) for name, value in ALLOCATOR.items()} if ids is None else {}),
     }
 
 

@@ -26,7 +26,6 @@ from datasets.samples import Sample
 from datasets.sets import TrainSet
 from datasets.transforms import build_augmentation, seeded
 from engine.distributed import Ranks, barrier, cleanup, setup
-from engine.launch import ALLOCATOR
 from engine.sampler import GlobalBatches
 from engine.train import Trainer
 from model.losses.ratio import local_ratio
@@ -149,14 +148,13 @@ def step(options: argparse.Namespace) -> list[dict]:
 
 
 def measure_step(options: argparse.Namespace, batch: int, precision: str) -> dict:
-    """The measured part of a row. Each formulation runs in a process of its own, ours as the launchers start it; they
-    take turns, so that each has all cores and a peak of its own."""
+    """The measured part of a row. Each formulation runs in a process of its own; they take turns, so that each has
+    all cores and a peak of its own."""
     given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "device": options.device}
     given["images"] = str(options.images or "")
-    allocator = ALLOCATOR if options.device == "cpu" else {}
-    workers = {"ours": StepWorker({**given, "precision": precision, "plain": False}, allocator)}
+    workers = {"ours": StepWorker({**given, "precision": precision, "plain": False})}
     if options.baseline:
-        workers["plain"] = StepWorker({**given, "precision": "fp32", "plain": True}, {})
+        workers["plain"] = StepWorker({**given, "precision": "fp32", "plain": True})
     first = {name: worker.step() for name, worker in workers.items()}   # warms up and counts
     repeats = options.repeats or 3
     turns = [{name: worker.step() for name, worker in workers.items()} for _ in range(repeats)]
@@ -178,11 +176,11 @@ def measure_step(options: argparse.Namespace, batch: int, precision: str) -> dic
 class StepWorker:
     """A process that trains: one step for every line it gets, one line of JSON for every step, the peak at the end."""
 
-    def __init__(self, given: dict, environment: dict[str, str]) -> None:
+    def __init__(self, given: dict) -> None:
         command = [sys.executable, "-c", "import tools.step_speed as s; s.work()", json.dumps(given)]
         root = Path(__file__).resolve().parents[1]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, cwd=root, env=os.environ | environment, **pipes)
+        self.process = subprocess.Popen(command, cwd=root, **pipes)
 
     def step(self) -> dict:
         """What `work` says of one step."""
