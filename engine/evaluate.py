@@ -103,7 +103,7 @@ def score(
     # closed on the way out, so that a message of an error starts on a line of its own
     bar = tqdm(desc="evaluate", total=len(share), disable=ranks.rank != 0, dynamic_ncols=True)
     with bar, evaluation_mode(method), _image_threads(ranks.device) as threads:
-        batches = _in_threads(predicted, same_size(loader, together), threads)
+        batches = _in_threads(predicted, same_size(loader, together), threads, ranks.device)
         for item, prediction in itertools.chain.from_iterable(batches):
             for row, labels in prediction.labels.items():
                 matrices[row] += confusion_matrix(item.label_map, labels, num_classes + 1)
@@ -171,12 +171,14 @@ def _image_threads(device: torch.device) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
+def _in_threads(function: Callable, items: Iterable, threads: int, device: torch.device) -> Iterator:
     """map(function, items) in order, on that many threads; items are taken only as they are needed."""
     if threads == 1:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    on_cpu = device.type == "cpu"
+    begin, given = (torch.set_num_threads, 1) if on_cpu else (torch.cuda.set_device, device)   # each thread's own
+    with ThreadPoolExecutor(threads, initializer=begin, initargs=(given,)) as pool:
         waiting: deque = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
