@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from datasets.samples import Sample
 from datasets.transforms import seeded
-from utils.batch import Batch
+from utils.batch import Batch, most_classes
 from utils.images import check_same_size, normalize, read_label_map, read_rgb
 
 
@@ -74,5 +74,5 @@ def collate_train(items: list[TrainItem]) -> Batch:
     """TrainItems -> Batch."""
     names, images, labels, valid, seeds = zip(*items, strict=True)
     labels = torch.stack(labels)
-    most = max(int(labels.sum(1).max()), 1)
-    return Batch(list(names), torch.stack(images), labels, torch.stack(valid), torch.tensor(seeds), most)
+    tensors = torch.stack(images), labels, torch.stack(valid), torch.tensor(seeds)
+    return Batch(list(names), *tensors, most_classes(labels))

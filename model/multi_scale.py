@@ -65,12 +65,12 @@ def localization_maps(
     total: list[Tensor] = []
     for scale in [1.0, *(s for s in scales if s != 1.0)]:
         if scale == 1 and known is not None:
-            mirrored = in_parts(coarse_maps, images.flip(-1)) if flip else tuple(m[:0] for m in known)
-            coarse = [torch.cat(pair) for pair in zip(known, mirrored, strict=True)]
+            mirrored = [in_parts(coarse_maps, images.flip(-1))] if flip else []
+            coarse = tuple(torch.cat(parts) for parts in zip(known, *mirrored, strict=True))
         else:
-            coarse = list(in_parts(coarse_maps, with_flip(scaled(images, scale), flip)))
-        for index in range(len(coarse)):
-            maps = merge_flip(resize(full_precision(coarse[index]), size), flip, torch.maximum)
+            coarse = in_parts(coarse_maps, with_flip(scaled(images, scale), flip))
+        for index, raw in enumerate(coarse):
+            maps = merge_flip(resize(full_precision(raw), size), flip, torch.maximum)
             maps = maps.relu() if relu else maps
             if index < len(total):
                 total[index] = total[index] + maps

@@ -15,7 +15,7 @@ def par_affinity(images: Tensor, dilations: Sequence[int]) -> Tensor:
 
     images: (B, 3, H, W) in [0, 1]. The sum over neighbours is 1 + POSITION_WEIGHT.
     """
-    count = len(_RING) * len(dilations)
+    count = len(_RING) * len(dilations)   # the differences are made three times: together they are 48 images
     mean = sum(ring.sum(2) for ring in _differences(images, dilations)) / count
     square = sum((ring - mean.unsqueeze(2)).square_().sum(2) for ring in _differences(images, dilations))
     sharpness = (1 / ((square / (count - 1)).sqrt() + 1e-8) / COLOUR_WIDTH).unsqueeze(2)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.multi_scale import resize
 from model.par import par_affinity, par_refine
+from utils.batch import most_classes
 from utils.images import IGNORE
 
 
@@ -35,10 +36,9 @@ def valid_tokens(valid: Tensor, patch: Sequence[int]) -> Tensor:
 def present_first(labels: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Multi-hot (B, K) -> the first M classes of each image, present ones first, int64 (B, M); bool (B, M), present.
 
-    most: M, the largest number of classes of an image, at least 1, where the caller knows it; None: it is read from
-    `labels`, which waits for a GPU.
+    most: M, where the caller knows it; None: `most_classes`.
     """
-    most = max(int(labels.sum(1).max()), 1) if most is None else most
+    most = most_classes(labels) if most is None else most
     classes = labels.argsort(dim=1, descending=True, stable=True)[:, :most]
     return classes, labels.gather(1, classes) > 0
 

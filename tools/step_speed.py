@@ -33,7 +33,7 @@ from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncerta
 from model.more.method import MoRe
 from model.pseudo_labels import refined_labels
 from tools.baselines import plain_step
-from utils.batch import Batch
+from utils.batch import Batch, most_classes
 from utils.config import load_config
 from utils.errors import UserError
 from utils.images import normalize, read_rgb
@@ -69,8 +69,8 @@ def step_batch(images: Tensor, device: str) -> Batch:
     for index in range(len(images)):
         labels[index, [(7 * index + 3 * k) % CLASSES for k in range(1 + index % 3)]] = 1
     valid = torch.ones(len(images), *images.shape[2:], dtype=torch.bool)
-    most = int(labels.sum(1).max())
-    return Batch([""] * len(images), normal, labels, valid, torch.arange(len(images)), most).to(torch.device(device))
+    batch = Batch([""] * len(images), normal, labels, valid, torch.arange(len(images)), most_classes(labels))
+    return batch.to(torch.device(device))
 
 
 def make_trainer(config: DictConfig, plain: bool, device: str) -> Trainer:
@@ -113,20 +113,20 @@ def phases_of(trainer: Trainer, synchronize: Callable[[], None]) -> Iterator[dic
                     inside[-1] += whole
         return call
 
-    method, optimizer, backward = trainer.method, trainer.optimizer, Tensor.backward
-    method._training_cams = timed(method._training_cams, "CAM pass")
-    method._pixel_labels = timed(method._pixel_labels, "refine")
-    method.network.forward = timed(method.network.forward, "forward")
-    method.losses = timed(method.losses, "losses")
-    optimizer.step = timed(optimizer.step, "optimizer")
+    method, backward = trainer.method, Tensor.backward
+    calls = {
+        "CAM pass": (method, "_training_cams"), "refine": (method, "_pixel_labels"), "losses": (method, "losses"),
+        "forward": (method.network, "forward"), "optimizer": (trainer.optimizer, "step"),
+    }
+    for phase, (owner, name) in calls.items():
+        setattr(owner, name, timed(getattr(owner, name), phase))
     Tensor.backward = timed(backward, "backward")
     try:
         yield seconds
     finally:
         Tensor.backward = backward
-        for owner, name in ((method, "_training_cams"), (method, "_pixel_labels"), (method, "losses")):
+        for owner, name in calls.values():
             delattr(owner, name)
-        del method.network.forward, optimizer.step
 
 
 def step(options: argparse.Namespace) -> list[dict]:

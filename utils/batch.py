@@ -5,6 +5,11 @@ from typing import NamedTuple
 import torch
 
 
+def most_classes(labels: torch.Tensor) -> int:
+    """The largest number of classes an image of the multi-hot (B, K) has, at least 1. Reading it waits for a GPU."""
+    return max(int(labels.sum(1).max()), 1)
+
+
 class Batch(NamedTuple):
     """One training batch.
 
@@ -14,8 +19,7 @@ class Batch(NamedTuple):
     valid: bool (B, H, W), False where a crop was padded; no pixel loss reads there.
     seeds: int64 (B,), one seed a drawn sample: every random draw about a sample comes from it,
         so that nothing depends on the number of processes or workers.
-    most_classes: the largest number of classes an image has, at least 1; None: whoever needs it reads it from
-        `labels`, which waits for a GPU.
+    most_classes: of `labels`, as the function of that name; None: whoever needs it reads it there.
     """
 
     names: list[str]

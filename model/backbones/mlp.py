@@ -44,6 +44,6 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         hidden, rows = F.gelu(x), grad.flatten(0, -2)
-        grad_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x.to(grad.dtype))
-        grad_weight = rows.t() @ hidden.to(grad.dtype).flatten(0, -2)
+        grad_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x)
+        grad_weight = rows.t() @ hidden.flatten(0, -2)
         return grad_x, grad_weight, rows.sum(0) if ctx.has_bias else None

@@ -41,8 +41,6 @@ def energy_loss(
         unlabelled = _resize(label[:, None].float(), scale, "nearest") == IGNORE
         pixels = _resize(denormalize(images.float()), scale, "nearest")
         read = None if valid is None else _wholly_valid(valid, scale)
-        if read is not None:
-            prob = prob * read[:, None]
         value = _Agreement.apply(prob, pixels, unlabelled, read, sigma_rgb, sigma_xy * scale)
         return -weight * value / (batch_size or len(logits))
 

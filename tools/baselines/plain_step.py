@@ -17,6 +17,7 @@ from model.losses.affinity import ptc_loss
 from model.more.lir import EPS, MIN_WINDOW_SUM, WINDOW, token_loss
 from model.more.method import FROM_PSEUDO_LABELS, MoRe
 from model.more.network import Outputs
+from model.multi_scale import min_max
 from model.par import COLOUR_WIDTH, POSITION_WEIGHT
 from utils.batch import Batch
 from utils.images import IGNORE, denormalize
@@ -64,11 +65,7 @@ class PlainMoRe(MoRe):
                 maps = F.interpolate(coarse, size, mode="bilinear", align_corners=False)
                 straight, mirrored = maps.chunk(2)
                 total[index] = total[index] + torch.maximum(straight, mirrored.flip(-1)).relu()
-        normal = []
-        for maps in total:
-            maps = maps - maps.amin((-2, -1), keepdim=True)
-            normal.append(maps / (maps.amax((-2, -1), keepdim=True) + 1e-5))
-        return tuple(normal)
+        return tuple(min_max(maps) for maps in total)
 
     @torch.no_grad()
     def _pixel_labels(self, cam: Tensor, batch: Batch, image: Tensor) -> Tensor:
