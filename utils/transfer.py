@@ -105,7 +105,8 @@ def _attempt(url: str, part: Path, size: int | None, stall: float) -> None:
     resume = {"Range": f"bytes={done}-", "If-Range": note.mark} if note and note.mark and done else {}
     with _ask(urllib.request.Request(url, headers={**HEADERS, **resume}), part, stall) as response:
         start = _start(response, note, done, part) if resume else 0
-        length = note.length if start else _announced(response)
+        rest = _announced(response)
+        length = note.length if start and note.length is not None else None if rest is None else start + rest
         if start == 0:
             _refuse_other_size(url, length, size)
             _begin(part, _Note(url, _mark(response), length))
@@ -118,8 +119,8 @@ def _start(response: http.client.HTTPResponse, note: _Note, done: int, part: Pat
     if response.status == 200:
         return 0
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
-    whole = found and found[3] in ("*", str(note.length))
-    if response.status != 206 or not whole or int(found[1]) != done or _mark(response) not in (None, note.mark):
+    same = found and (note.length is None or found[3] in ("*", str(note.length)))
+    if response.status != 206 or not same or int(found[1]) != done or _mark(response) not in (None, note.mark):
         discard(part)
         raise _Passing("the server sent another part than the one asked for")
     return done
@@ -164,7 +165,7 @@ def _ask(request: urllib.request.Request, part: Path, stall: float) -> http.clie
     """The response; _Passing for what may pass, UserError for what will not."""
     url = request.full_url
     try:
-        return urllib.request.urlopen(request, timeout=stall)
+        return urllib.request.build_opener().open(request, timeout=stall)   # with the proxies of now
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
