@@ -19,6 +19,7 @@ from tests.faulty_server import Answer, FaultyServer
 from utils import download
 from utils.config import load_config
 from utils.errors import UserError
+from utils.log import close_logger
 
 ARGS = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64, "patch_size": 8}   # as in tiny.SETTINGS
 MODEL = OmegaConf.create({"backbone": "vit_tiny_patch16_224", "backbone_args": ARGS})
@@ -119,7 +120,10 @@ def test_timm_has_none(backbone, monkeypatch, tmp_path):
 def run(root, output, *overrides):
     short = ["train.iterations=1", "train.batch_size=1", "train.validate_images=1", "pseudo_labels.cam_scales=[1.0]"]
     overrides = [f"data.root={root}", f"output={output}", *tiny.SETTINGS, *short, "tag=run", *overrides]
-    return train(load_config("more_voc", overrides), Ranks(0, 1, torch.device("cpu")))
+    try:
+        train(load_config("more_voc", overrides), Ranks(0, 1, torch.device("cpu")))
+    finally:
+        close_logger()
 
 
 def test_training_fetches_only_when_it_starts(server, tiny_voc, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import io
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -42,6 +43,7 @@ def waits(monkeypatch):
     """Seconds that were to be waited between attempts, and an environment without settings of the user's."""
     for name in ("WSSS_DOWNLOADS", "WSSS_MIRROR", "WSSS_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(logging.getLogger("wsss"), "propagate", True)   # a training in this process stops that
     return []
 
 
