@@ -58,12 +58,12 @@ def _found(path: str) -> Path:
 
 
 def _of_timm(model: DictConfig) -> dict[str, Tensor]:
-    try:
-        with main_first():
+    with main_first():
+        try:
             return timm.create_model(model.backbone, pretrained=True, num_classes=0, **model.backbone_args).state_dict()
-    except Exception as error:   # of timm, huggingface_hub, its HTTP client or urllib, whichever fails
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"timm gives no weights for model.backbone={model.backbone}: {reason}") from None
+        except Exception as error:   # of timm, huggingface_hub, its HTTP client or urllib, whichever fails
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"timm gives no weights for model.backbone={model.backbone}: {reason}") from None
 
 
 def _unwrapped(weights: dict) -> dict[str, Tensor]:

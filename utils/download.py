@@ -117,7 +117,7 @@ def place(entry: Entry, folder: Path | None = None) -> Path:
 def default_folder() -> Path:
     """WSSS_DOWNLOADS, else the folder torch.hub and timm keep their checkpoints in."""
     if os.environ.get("WSSS_DOWNLOADS"):
-        return Path(os.environ["WSSS_DOWNLOADS"])
+        return Path(os.environ["WSSS_DOWNLOADS"]).expanduser()
     import torch.hub  # takes seconds
 
     return Path(torch.hub.get_dir()) / "checkpoints"

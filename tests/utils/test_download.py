@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import tarfile
+import time
 import zipfile
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -125,6 +126,22 @@ def test_a_later_run_continues(server, tmp_path, waits):
     assert_refused(entry(server), tmp_path, waits, "ended after 100000 of 300000", "are kept", attempts=1)
     assert_right(entry(server), tmp_path, waits)
     assert ranges(server) == [None, "bytes=100000-"]
+
+
+def test_a_killed_process_leaves_what_the_next_continues(server, tmp_path, waits):
+    server.answers = [Answer(BODY, pause=0.2, piece=100_000), Answer(BODY)]
+    process = multiprocessing.get_context("fork").Process(target=_fetch_in_a_process, args=(entry(server), tmp_path))
+    process.start()
+    part = tmp_path / "file.bin.part"
+    deadline = time.monotonic() + 20
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.join(20)
+    done = part.stat().st_size
+    assert 0 < done < 300_000 and not (tmp_path / "file.bin").exists()
+    assert_right(entry(server), tmp_path, waits)
+    assert ranges(server) == [None, f"bytes={done}-"]
 
 
 def test_a_complete_part_needs_no_request(server, tmp_path, waits, monkeypatch):
