@@ -103,7 +103,7 @@ def _attempt(url: str, part: Path, size: int | None, stall: float) -> None:
     if note and done == note.length:
         return
     resume = {"Range": f"bytes={done}-", "If-Range": note.mark} if note and note.mark and done else {}
-    with _ask(urllib.request.Request(url, headers={**HEADERS, **resume}), part, stall) as response:
+    with _ask(url, {**HEADERS, **resume}, part, stall) as response:
         start = _start(response, note, done, part) if resume else 0
         rest = _announced(response)
         length = note.length if start and note.length is not None else None if rest is None else start + rest
@@ -161,11 +161,11 @@ def _read(response: http.client.HTTPResponse) -> bytes:
         raise _Passing(f"the connection broke ({_reason(error)})") from None
 
 
-def _ask(request: urllib.request.Request, part: Path, stall: float) -> http.client.HTTPResponse:
+def _ask(url: str, headers: dict[str, str], part: Path, stall: float) -> http.client.HTTPResponse:
     """The response; _Passing for what may pass, UserError for what will not."""
-    url = request.full_url
     try:
-        return urllib.request.build_opener().open(request, timeout=stall)   # with the proxies of now
+        opener = urllib.request.build_opener()   # with the proxies of now
+        return opener.open(urllib.request.Request(url, headers=headers), timeout=stall)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
@@ -181,7 +181,7 @@ def _ask(request: urllib.request.Request, part: Path, stall: float) -> http.clie
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise UserError(f"{url}: the certificate is not trusted ({error.reason.verify_message})") from None
         raise _Passing(f"the server cannot be reached ({_reason(error.reason)})") from None
-    except http.client.InvalidURL as error:
+    except (http.client.InvalidURL, ValueError) as error:
         raise UserError(f"{url}: {error}") from None
     except TimeoutError:
         raise _Passing("the server does not answer") from None

@@ -387,7 +387,10 @@ def test_no_server(server, tmp_path, waits):
     assert_refused(entry(server), tmp_path, waits, "cannot be reached (Connection refused)", "3 times", "by hand")
 
 
-@pytest.mark.parametrize("url", ["ftp://host/file.bin", "file:///etc/passwd", "http://host:port/file.bin", "nonsense"])
+@pytest.mark.parametrize("url", [
+    "ftp://host/file.bin", "file:///etc/passwd", "nonsense", "http://host:port/file.bin", "http://[/file.bin",
+    "http://a b/file.bin", f"http://{'a' * 70}.org/file.bin",
+])
 def test_addresses_that_are_none(server, tmp_path, waits, url):
     assert_refused(entry(server, url=url), tmp_path, waits, url)
     assert waits == []
