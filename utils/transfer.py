@@ -134,7 +134,6 @@ def _receive(
                dynamic_ncols=True)
     with open(part, "r+b") as file, bar:
         file.seek(start)
-        file.truncate()
         while chunk := _read(response):
             file.write(chunk)
             done += len(chunk)

@@ -162,9 +162,10 @@ def test_a_complete_part_needs_no_request(server, tmp_path, waits, monkeypatch):
     Answer(BODY, headers={"Content-Range": "bytes 100000-299999/400000"}),
     Answer(b"", status=416),
 ], ids=["200", "another range", "a broken header", "another length", "416"])
-def test_ranges_refused_or_wrong(server, tmp_path, waits, then):
+@pytest.mark.parametrize("hashed", [True, False])
+def test_ranges_refused_or_wrong(server, tmp_path, waits, then, hashed):
     server.answers = [Answer(BODY, drop=100_000), then, Answer(BODY)]
-    assert_right(entry(server), tmp_path, waits)
+    assert_right((entry if hashed else unhashed)(server), tmp_path, waits)
 
 
 def test_without_a_mark_nothing_is_continued(server, tmp_path, waits):
