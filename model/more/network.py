@@ -2,12 +2,14 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backbones.vit import MultiClassTokenViT
+from model.backbones.vit import MultiClassTokenViT, ViTFeatures
 from model.decoders.largefov import LargeFOV
 from model.more.gcr import GraphCategoryRepresentation
+from model.multi_scale import full_precision
 
 
 class Outputs(NamedTuple):
@@ -34,35 +36,53 @@ class MoReNetwork(nn.Module):
         self.decoder = LargeFOV(dim, decoder_channels, classes + 1)
 
     def forward(self, images: Tensor) -> Outputs:
-        features = self.backbone(images)
-        return Outputs(
-            class_logits=self.classifier(F.adaptive_max_pool2d(features.patches, 1)).flatten(1),
-            aux_logits=self.aux_classifier(F.adaptive_max_pool2d(features.aux, 1)).flatten(1),
-            seg_logits=self.decoder(features.patches),
-            class_tokens=self.gcr(features.class_tokens, features.patches.flatten(2).transpose(1, 2)),
-            patches=features.patches,
-            aux=features.aux,
-        )
+        features = self._features(images)
+        seg_logits = self.decoder(features.patches)
+        with _exact(images):
+            return Outputs(
+                class_logits=self.classifier(F.adaptive_max_pool2d(features.patches, 1)).flatten(1),
+                aux_logits=self.aux_classifier(F.adaptive_max_pool2d(features.aux, 1)).flatten(1),
+                seg_logits=seg_logits,
+                class_tokens=self._class_tokens(features),
+                patches=features.patches,
+                aux=features.aux,
+            )
 
     def classify(self, images: Tensor) -> Tensor:
         """Class logits (B, K)."""
-        return self.classifier(F.adaptive_max_pool2d(self.backbone(images).patches, 1)).flatten(1)
+        patches = self._features(images).patches
+        with _exact(images):
+            return self.classifier(F.adaptive_max_pool2d(patches, 1)).flatten(1)
 
     def segment(self, images: Tensor) -> Tensor:
         """Segmentation logits (B, K+1, h, w)."""
-        return self.decoder(self.backbone(images).patches)
+        return self.decoder(self._features(images).patches)
 
     def cams(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """CAM and auxiliary CAM, (B, K, h, w) each: the classifiers on every patch (Zhou et al., CVPR 2016)."""
-        features = self.backbone(images)
+        features = self._features(images)
         return self.cams_of(features.patches, features.aux)
 
     def cams_of(self, patches: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
         """`cams` from the backbone's maps."""
-        return self.classifier(patches), self.aux_classifier(aux)
+        with _exact(patches):
+            return self.classifier(patches), self.aux_classifier(aux)
 
     def lam(self, images: Tensor) -> Tensor:
         """Localization attention map (B, K, h, w): patch features times class tokens."""
-        features = self.backbone(images)
-        tokens = self.gcr(features.class_tokens, features.patches.flatten(2).transpose(1, 2))
-        return (tokens @ features.patches.flatten(2)).unflatten(2, features.patches.shape[-2:])
+        features = self._features(images)
+        with _exact(images):
+            maps = self._class_tokens(features) @ features.patches.flatten(2)
+        return maps.unflatten(2, features.patches.shape[-2:])
+
+    def _features(self, images: Tensor) -> ViTFeatures:
+        return ViTFeatures(*map(full_precision, self.backbone(images)))
+
+    def _class_tokens(self, features: ViTFeatures) -> Tensor:
+        return self.gcr(features.class_tokens, features.patches.flatten(2).transpose(1, 2))
+
+
+def _exact(x: Tensor) -> torch.autocast:
+    """No autocast within it: bf16 logits around -3 have steps of 1/64, too coarse to tell patches apart, and GCR takes
+    the softmax of products of sums over D."""
+    return torch.autocast(x.device.type, enabled=False)
