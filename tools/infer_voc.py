@@ -1,27 +1,25 @@
 """Scores CAM, LAM and segmentation of a checkpoint: infer_voc.py checkpoint=PATH [config=NAME] [key=value ...].
 
 Started by run_evaluate_voc.sh under torchrun. The config is the one named, else the config.yaml of the
-checkpoint's run, else more_voc; key=value goes on top.
+checkpoint's run, else that in the weights file, else more_voc; key=value goes on top.
 """
-
-from pathlib import Path
 
 from datasets import build_val_set
 from engine.checkpoint import load_weights
 from engine.distributed import cleanup, setup
 from engine.evaluate import check_classes, evaluate, run_folder
 from engine.launch import run_script
+from engine.loading import checkpoint_config, find_checkpoint
 from model import build_method
-from utils.config import load_config, split_config
+from utils.config import split_config
 from utils.errors import UserError
 
 
 def main(argv: list[str], default: str = "more_voc", settings: tuple[str, ...] = ()) -> None:
     """default: the config where the checkpoint's run has none. settings: key=value pairs that argv may override."""
     weights, rest = split_checkpoint(argv)
-    own = run_folder(weights) / "config.yaml"
-    name, overrides = split_config(rest, str(own) if own.is_file() else default)
-    config = load_config(name, [*settings, *overrides])
+    named, overrides = split_config(rest, None)
+    config, name = checkpoint_config(weights, [*settings, *overrides], named, default)
     ranks = setup()
     dataset = build_val_set(config)
     check_classes(weights, dataset.classes)
@@ -38,9 +36,7 @@ def split_checkpoint(argv: list[str]) -> tuple[str, list[str]]:
     paths = [item.removeprefix("checkpoint=") for item in argv if item.startswith("checkpoint=")]
     if not paths or not paths[-1]:
         raise UserError("no checkpoint given: add checkpoint=PATH, a weights file of a run or an official one")
-    if not Path(paths[-1]).is_file():
-        raise UserError(f"{paths[-1]}: no such checkpoint")
-    return paths[-1], [item for item in argv if not item.startswith("checkpoint=")]
+    return find_checkpoint(paths[-1]), [item for item in argv if not item.startswith("checkpoint=")]
 
 
 if __name__ == "__main__":
