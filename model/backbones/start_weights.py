@@ -8,7 +8,6 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-WRAPPERS = ("model", "state_dict")          # entries that hold the weights in files of DeiT, MAE and others
 # what only the classifier or the pre-training uses
 LEFT_OUT = ("head.", "head_dist.", "pre_logits.", "fc_norm.", "attn_pool.", "mask_token")
 RENAMED = {"register_tokens": "reg_token"}  # DINOv2's own name -> timm's
@@ -27,7 +26,7 @@ class StartWeights(NamedTuple):
 
 
 def read_start_weights(
-    weights: dict, layers: dict[str, tuple[int, ...]], dim: int, grid: tuple[int, int]
+    weights: dict[str, Tensor], layers: dict[str, tuple[int, ...]], dim: int, grid: tuple[int, int]
 ) -> StartWeights:
     """Takes an image model's weights apart, strictly; classifier heads are left out.
 
@@ -35,7 +34,6 @@ def read_start_weights(
     A model that pools the patches and then normalises (`fc_norm`) has its norm as the final norm of every token.
     Raises UserError naming the first missing, unexpected or misshaped key, and for what has no counterpart.
     """
-    weights = next((weights[key] for key in WRAPPERS if isinstance(weights.get(key), dict)), weights)
     weights = {RENAMED.get(key, key): value for key, value in weights.items()}
     for key in REFUSED.keys() & weights.keys():
         raise UserError(f"start weights: key {key!r}: {REFUSED[key]}")
