@@ -117,7 +117,7 @@ def place(entry: Entry, folder: Path | None = None) -> Path:
 def default_folder() -> Path:
     """WSSS_DOWNLOADS, else the folder torch.hub and timm keep their checkpoints in."""
     if os.environ.get("WSSS_DOWNLOADS"):
-        return Path(os.environ["WSSS_DOWNLOADS"])
+        return Path(os.environ["WSSS_DOWNLOADS"]).expanduser()
     import torch.hub  # takes seconds
 
     return Path(torch.hub.get_dir()) / "checkpoints"
@@ -131,8 +131,8 @@ def by_hand(entry: Entry, folder: Path, why: str) -> str:
     """The line that tells a person which file to put where."""
     known = [f"{entry.size} bytes" if entry.size else None, " ".join(entry.published or ())]
     told = ", ".join(filter(None, known)) or "size and hash are not published"
-    source = entry.url or entry.page
-    return f"{entry.name} is not in {folder} and {why}: put {entry.file} ({told}) there, from {source}"
+    source = f"{entry.url}, see {entry.page}" if entry.url else entry.page
+    return f"{entry.name} is not in {folder} and {why}: put {entry.file} ({told}) there by hand, from {source}"
 
 
 def check(entry: Entry, path: Path, remembered: bool = True) -> bool:
@@ -164,7 +164,10 @@ def _download(entry: Entry, url: str, path: Path, patience: Patience | None) -> 
     """Transfers, checks, and only then gives the name. A wrong file that was continued is fetched once more whole."""
     part = path.with_name(path.name + ".part")
     resumed = part.exists()
-    transfer(url, part, entry.size, patience)
+    try:
+        transfer(url, part, entry.size, patience)
+    except UserError as error:
+        raise UserError(f"{error}; or put {entry.file} into {path.parent} by hand, see {entry.page}") from None
     fault = _fault(entry, part)
     if fault and resumed:
         log.warning("%s: %s; again from the start", url, fault)

@@ -103,9 +103,10 @@ def _attempt(url: str, part: Path, size: int | None, stall: float) -> None:
     if note and done == note.length:
         return
     resume = {"Range": f"bytes={done}-", "If-Range": note.mark} if note and note.mark and done else {}
-    with _ask(urllib.request.Request(url, headers={**HEADERS, **resume}), part, stall) as response:
+    with _ask(url, {**HEADERS, **resume}, part, stall) as response:
         start = _start(response, note, done, part) if resume else 0
-        length = note.length if start else _announced(response)
+        rest = _announced(response)
+        length = note.length if start and note.length is not None else None if rest is None else start + rest
         if start == 0:
             _refuse_other_size(url, length, size)
             _begin(part, _Note(url, _mark(response), length))
@@ -118,8 +119,8 @@ def _start(response: http.client.HTTPResponse, note: _Note, done: int, part: Pat
     if response.status == 200:
         return 0
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
-    whole = found and found[3] in ("*", str(note.length))
-    if response.status != 206 or not whole or int(found[1]) != done or _mark(response) not in (None, note.mark):
+    same = found and (note.length is None or found[3] in ("*", str(note.length)))
+    if response.status != 206 or not same or int(found[1]) != done or _mark(response) not in (None, note.mark):
         discard(part)
         raise _Passing("the server sent another part than the one asked for")
     return done
@@ -133,7 +134,6 @@ def _receive(
                dynamic_ncols=True)
     with open(part, "r+b") as file, bar:
         file.seek(start)
-        file.truncate()
         while chunk := _read(response):
             file.write(chunk)
             done += len(chunk)
@@ -160,11 +160,11 @@ def _read(response: http.client.HTTPResponse) -> bytes:
         raise _Passing(f"the connection broke ({_reason(error)})") from None
 
 
-def _ask(request: urllib.request.Request, part: Path, stall: float) -> http.client.HTTPResponse:
+def _ask(url: str, headers: dict[str, str], part: Path, stall: float) -> http.client.HTTPResponse:
     """The response; _Passing for what may pass, UserError for what will not."""
-    url = request.full_url
     try:
-        return urllib.request.urlopen(request, timeout=stall)
+        opener = urllib.request.build_opener()   # with the proxies of now
+        return opener.open(urllib.request.Request(url, headers=headers), timeout=stall)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
@@ -180,7 +180,7 @@ def _ask(request: urllib.request.Request, part: Path, stall: float) -> http.clie
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise UserError(f"{url}: the certificate is not trusted ({error.reason.verify_message})") from None
         raise _Passing(f"the server cannot be reached ({_reason(error.reason)})") from None
-    except http.client.InvalidURL as error:
+    except (http.client.InvalidURL, ValueError) as error:
         raise UserError(f"{url}: {error}") from None
     except TimeoutError:
         raise _Passing("the server does not answer") from None
