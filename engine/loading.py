@@ -55,7 +55,8 @@ def find_checkpoint(path: str) -> str:
     """The weights file that `path` means.
 
     path: a file; a folder that is released or shared; a name of weights/registry.yaml; `owner/name` on the Hub. The
-    last two are downloaded where they are not here yet. Raises UserError where there is none.
+    last two are downloaded where they are not here yet; the Hub is not asked where a folder `owner` is here.
+    Raises UserError where there is none.
     """
     if Path(path).is_dir():
         return _in_folder(Path(path))
@@ -66,7 +67,7 @@ def find_checkpoint(path: str) -> str:
         raise UserError(f"{path}: names {entry.kind} of weights/registry.yaml, no checkpoint")
     if entry is not None:
         return str(fetch(path))
-    if HUB_ID.fullmatch(path) and Path(path).suffix not in ENDINGS:
+    if HUB_ID.fullmatch(path) and Path(path).suffix not in ENDINGS and not Path(path).parent.is_dir():
         return from_hub(path)
     raise UserError(f"{path}: no such checkpoint")
 

@@ -110,6 +110,13 @@ def test_what_is_not_there_is_named(path):
         open_checkpoint(path)
 
 
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="^runs/train_voc: no such checkpoint$"):
+        open_checkpoint("runs/train_voc")
+
+
 def test_names_of_the_registry(tmp_path, monkeypatch):
     """A checkpoint's row is fetched, here from the folder of downloads; rows of other things are refused."""
     monkeypatch.setenv("WSSS_DOWNLOADS", str(tmp_path))
