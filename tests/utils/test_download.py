@@ -157,9 +157,9 @@ def test_a_complete_part_needs_no_request(server, tmp_path, waits, monkeypatch):
 
 @pytest.mark.parametrize("then", [
     Answer(BODY, ranges=False),
-    Answer(BODY, headers={"Content-Range": "bytes 0-299999/300000"}),
-    Answer(BODY, headers={"Content-Range": "bytes 100000-/300000"}),
-    Answer(BODY, headers={"Content-Range": "bytes 100000-299999/400000"}),
+    Answer(BODY, status=206, headers={"Content-Range": "bytes 0-299999/300000"}),
+    Answer(OTHER[100_000:], status=206, headers={"Content-Range": "bytes 100000-/300000"}),
+    Answer(OTHER[100_000:], status=206, headers={"Content-Range": "bytes 100000-299999/400000"}),
     Answer(b"", status=416),
 ], ids=["200", "another range", "a broken header", "another length", "416"])
 @pytest.mark.parametrize("hashed", [True, False])
