@@ -18,7 +18,9 @@ from datasets.sets import EvalItem, EvalSet, TrainItem, TrainSet, collate_train
 from datasets.transforms import build_augmentation
 from utils.errors import UserError
 
-__all__ = ["EvalItem", "EvalSet", "TrainItem", "TrainSet", "build_train_set", "build_val_set", "collate_train"]
+__all__ = [
+    "EvalItem", "EvalSet", "TrainItem", "TrainSet", "build_train_set", "build_val_set", "class_names", "collate_train",
+]
 
 LAYOUTS = {"voc": voc, "coco": coco, "shapes": shapes}
 SHAPES_FOLDER = Path(__file__).resolve().parent.parent / "data" / "shapes"
@@ -39,6 +41,11 @@ def build_val_set(config: DictConfig, split: str | None = None) -> EvalSet:
     return EvalSet(*_load(config.data, split or config.data.val_split, need_masks=True))
 
 
+def class_names(data: DictConfig) -> tuple[str, ...]:
+    """The names of the classes, without background: data.classes, else the data set's own."""
+    return tuple(data.classes) if data.classes else LAYOUTS[data.name].CLASSES
+
+
 def _load(
     data: DictConfig, split: str, need_masks: bool
 ) -> tuple[list[Sample], Callable[[Sample], torch.Tensor], tuple[str, ...]]:
@@ -47,7 +54,7 @@ def _load(
         raise UserError(f"data.name={data.name}: known data sets are {', '.join(LAYOUTS)}")
     layout = LAYOUTS[data.name]
     root = find_root(data)
-    classes = tuple(data.classes) if data.classes else layout.CLASSES
+    classes = class_names(data)
     list_path = find_list(split, layout.list_folders(root), root)
     samples = layout.read_samples(root, list_path, need_masks)
     return samples, load_labels(data.image_labels, root, list_path.parent, samples, classes), classes

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.backbones.vit import check_keys
+from model.backbones.start_weights import check_keys
 from utils.errors import UserError
 
 STATE = "iter_{:06d}.state.pt"
@@ -21,7 +21,11 @@ BEST = "best.weights.safetensors"
 
 
 def save_weights(path: str | os.PathLike, method: nn.Module, meta: dict) -> None:
-    """Writes the method's weights; `meta` (JSON values: method, classes, iteration, ...) goes into the header."""
+    """Writes the method's weights; `meta` goes into the header.
+
+    meta: JSON values. Those of a training are method, classes, config (the tag), settings (the resolved config,
+    `utils.config.portable`), iteration and, of the best weights, val.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in method.state_dict().items()}
     with _replacing(path) as part:
         save_file(tensors, part, metadata={"meta": json.dumps(meta)})
@@ -38,6 +42,14 @@ def read_meta(path: str | os.PathLike) -> dict:
             return json.loads((file.metadata() or {}).get("meta", "{}"))
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def classifier_rows(path: str | os.PathLike) -> int | None:
+    """How many classes a weights file's classifier has, ours or released; None where there is no classifier."""
+    weights = read_tensors(path)
+    weights = weights.get("model_state_dict", weights)
+    rows = [len(value) for key, value in weights.items() if key.split(".")[-2:] == ["classifier", "weight"]]
+    return rows[0] if rows else None
 
 
 def load_weights(path: str | os.PathLike, method: nn.Module) -> None:

@@ -135,7 +135,7 @@ def check_classes(path: str, classes: Sequence[str]) -> None:
     They come from the weights file's own note; of a released file the number alone, from its classifier's shape.
     """
     own = checkpoint.read_meta(path).get("classes")
-    count = _classifier_rows(path) if own is None else len(own)
+    count = checkpoint.classifier_rows(path) if own is None else len(own)
     if count not in (None, len(classes)):
         raise UserError(
             f"{path} has {count} classes, the data has {len(classes)}: give its own data (data.name, data.classes)"
@@ -207,13 +207,6 @@ def _details(row: Row, plan: Plan) -> list[str]:
     source = [f"predicted by the {plan.predicted}"] if plan.predicted and kind != "seg" else []
     bkg = [f"background {plan.maps[kind].bkg:g}"] if kind != "seg" and not crf else []
     return [*source, *bkg, "native size" if plan.base_size is None else f"input {plan.base_size}x{plan.base_size}"]
-
-
-def _classifier_rows(path: str) -> int | None:
-    weights = checkpoint.read_tensors(path)
-    weights = weights.get("model_state_dict", weights)
-    rows = [len(value) for key, value in weights.items() if key.split(".")[-2:] == ["classifier", "weight"]]
-    return rows[0] if rows else None
 
 
 def _picture(item: EvalItem, prediction: Prediction) -> np.ndarray:

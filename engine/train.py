@@ -21,7 +21,7 @@ from engine.sampler import GlobalBatches
 from engine.weights import RANDOM, TIMM, start_weights
 from model import build_method
 from utils.batch import Batch
-from utils.config import save_provenance
+from utils.config import portable, save_provenance
 from utils.errors import UserError
 from utils.log import MetricsWriter, setup_logger
 
@@ -85,6 +85,7 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
     torch.manual_seed(config.seed)
     method = build_method(config, len(train_set.classes))
     meta = {"method": config.method, "classes": list(train_set.classes), "config": config.tag}
+    meta["settings"] = portable(config)
     trainer = Trainer(method.to(ranks.device), config, ranks)
     resumed = checkpoint.load_state(checkpoints, method, trainer.optimizer) if config.resume == "auto" else None
     if resumed is None:

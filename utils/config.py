@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -124,13 +124,39 @@ def load_config(name: str | os.PathLike | None = None, overrides: Sequence[str] 
     overrides: key=value pairs with dotted keys, the last one wins.
     Raises UserError for an unknown file or key (with the nearest known one), a wrong type or a value out of range.
     """
-    default = _read_yaml(CONFIGS / "default.yaml")
-    layers = []
-    if name is not None:
-        path = find_config(name)
-        layers.append((f"in {path}", _read_yaml(path)))
-    layers += [(COMMAND_LINE, _parse_override(item, default)) for item in overrides]
+    if name is None:
+        return _resolve([], overrides)
+    path = find_config(name)
+    return _resolve([(f"in {path}", _read_yaml(path))], overrides)
 
+
+def load_settings(settings: Mapping, source: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The same from settings that are at hand, as `portable` gives them; source: where they are from, for errors."""
+    return _resolve([(f"in {source}", settings)], overrides)
+
+
+def portable(config: DictConfig) -> dict:
+    """The resolved config as plain values, to share: without the place of the data and the folders of this machine.
+
+    Of an absolute path, one from a home (~) or from outside (..), the last part stays.
+    """
+    settings = _without_folders(OmegaConf.to_container(config, resolve=True))
+    return {**settings, "resume": None, "data": {**settings["data"], "root": None}}
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    if isinstance(value, str) and (value.startswith(("/", "~", "..")) or PureWindowsPath(value).drive):
+        return PureWindowsPath(value).name
+    return value
+
+
+def _resolve(layers: list[tuple[str, Mapping]], overrides: Sequence[str]) -> DictConfig:
+    default = _read_yaml(CONFIGS / "default.yaml")
+    layers = [*layers, *((COMMAND_LINE, _parse_override(item, default)) for item in overrides)]
     config = OmegaConf.create(default)
     for source, layer in layers:
         checked = _check_mapping(layer, default, "", source)
@@ -139,7 +165,7 @@ def load_config(name: str | os.PathLike | None = None, overrides: Sequence[str] 
     return config
 
 
-def split_config(argv: Sequence[str], default: str) -> tuple[str, list[str]]:
+def split_config(argv: Sequence[str], default: str | None) -> tuple[str | None, list[str]]:
     """Takes config=NAME out of a script's arguments: (the config's name or path, the other arguments)."""
     names = [item.removeprefix("config=") for item in argv if item.startswith("config=")]
     return (names or [default])[-1], [item for item in argv if not item.startswith("config=")]
