@@ -86,6 +86,7 @@ class Chromium:
         message = json.loads(text)
         method, parameters = message.get("method"), message.get("params", {})
         self.events.append(method)
-        if method == "Runtime.exceptionThrown" or method == "Log.entryAdded" or (method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert")):
+        said = method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert")
+        if said or method in ("Runtime.exceptionThrown", "Log.entryAdded"):
             self.messages.append(parameters)
         return message

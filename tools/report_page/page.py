@@ -59,7 +59,8 @@ class Page:
         compared = self.compared(runs) if len(runs) > 1 else None
         return environment.get_template("page.html").render(
             heading=" and ".join(run["name"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
-            runs=runs, compared=compared, tabs=most_tabs(runs, compared), levels=[f"{100 * level:g}" for level in LEVELS],
+            runs=runs, compared=compared, tabs=most_tabs(runs, compared),
+            levels=[f"{100 * level:g}" for level in LEVELS],
             style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
             script=Markup((TEMPLATES / "script.js").read_text(encoding="utf-8")),
             data={"charts": self.charts, "matrices": self.matrices}, made=time.strftime("%Y-%m-%d %H:%M"),
@@ -340,7 +341,8 @@ def changed(config: dict, default: dict) -> list[tuple[str, str, str]]:
     def usual(key: str) -> str:
         return show(default[key]) if key in default else "–" if key.startswith(free) else "no such key today"
 
-    return [(key, show(value), usual(key)) for key, value in config.items() if key not in default or default[key] != value]
+    found = {key: value for key, value in config.items() if key not in default or default[key] != value}
+    return [(key, show(value), usual(key)) for key, value in found.items()]
 
 
 def start_of(start: dict) -> dict:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,7 +214,7 @@ def _read_evaluation(run: Path, rows: list[dict]) -> Evaluation:
         return found
     try:
         _read_matrices(found)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         found.notes.append(f"{EVALUATIONS}/{name}/confusion.npz cannot be read ({_reason(error)}); `{again}`")
     try:
         found.images = _checked_images(json.loads((folder / "images.json").read_text(encoding="utf-8")))
