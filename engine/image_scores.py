@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,24 +44,27 @@ class ImageScores:
 
     def __init__(self, rows: Sequence[Row], count: int) -> None:
         self.ranked_by = ([row for row in rows if row[0] == "seg"] or list(rows))[-1]
+        self.count = count
         self.scores: list[tuple[str, dict[str, float | None]]] = []
-        self.best, self.worst = _Least(count), _Least(count)
+        self._ends: list[tuple[tuple[float, str], Shown]] = []   # the best, then the worst, from the best on
 
     def add(self, item: EvalItem, prediction: Prediction, matrices: Mapping[Row, np.ndarray]) -> None:
         """One image, with the confusion matrix (K+1, K+1) of each of its label maps."""
         mious = {row: Scores(matrix).miou for row, matrix in matrices.items()}
         self.scores.append((item.name, {row_name(row): _finite(miou) for row, miou in mious.items()}))
         rank = mious[self.ranked_by]
-        if math.isfinite(rank):
-            for kept, key in ((self.best, (-rank, item.name)), (self.worst, (rank, item.name))):
-                kept.offer(key, lambda: _shown(item, prediction))
+        key = (-rank, item.name)
+        full = len(self._ends) == 2 * self.count
+        if math.isfinite(rank) and not (full and bisect.bisect(self._ends, key, key=_key) == self.count):
+            bisect.insort(self._ends, (key, _shown(item, prediction)), key=_key)
+            self._drop_the_middle()
 
     def gather(self) -> None:
         """Makes it that of all processes; all of them call it. Their number changes nothing."""
-        parts = gather((self.scores, self.best.entries, self.worst.entries))
-        self.scores = sorted((entry for scores, _, _ in parts for entry in scores), key=lambda entry: entry[0])
-        self.best.entries = self.best.least(entry for _, best, _ in parts for entry in best)
-        self.worst.entries = self.worst.least(entry for _, _, worst in parts for entry in worst)
+        parts = gather((self.scores, self._ends))
+        self.scores = sorted((entry for scores, _ in parts for entry in scores), key=_key)
+        self._ends = sorted((entry for _, ends in parts for entry in ends), key=_key)
+        self._drop_the_middle()
 
     def write(self, folder: Path, classes: Sequence[str]) -> None:
         """Writes images.json and the JPEGs it names. classes: names, without background.
@@ -70,33 +73,19 @@ class ImageScores:
         `best`, from the best, and `worst`, from the worst, lists of {name, classes, panels [{caption, file}]}. An image
         is never in both.
         """
-        best = [shown for _, shown in self.best.entries]
-        worst = [shown for _, shown in self.worst.entries if shown.name not in {shown.name for shown in best}]
-        names = ("background", *classes)
+        shown, names = [shown for _, shown in self._ends], ("background", *classes)
+        best, worst = shown[: self.count], shown[self.count :][::-1]
         content = {
             "ranked_by": row_name(self.ranked_by),
             "images": [{"name": name, "score": score} for name, score in self.scores],
-            "best": [_write(shown, folder, f"best_{index}", names) for index, shown in enumerate(best, 1)],
-            "worst": [_write(shown, folder, f"worst_{index}", names) for index, shown in enumerate(worst, 1)],
+            "best": [_write(one, folder, f"best_{index}", names) for index, one in enumerate(best, 1)],
+            "worst": [_write(one, folder, f"worst_{index}", names) for index, one in enumerate(worst, 1)],
         }
         with replacing(folder / "images.json") as part:
             part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
-
-class _Least:
-    """The `count` entries of the least keys; a value is made only for a key that is among them so far."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.entries: list[tuple[tuple[float, str], Shown]] = []
-
-    def offer(self, key: tuple[float, str], make: Callable[[], Shown]) -> None:
-        if self.count and (len(self.entries) < self.count or key < self.entries[-1][0]):
-            bisect.insort(self.entries, (key, make()), key=lambda entry: entry[0])
-            del self.entries[self.count :]
-
-    def least(self, entries) -> list[tuple[tuple[float, str], Shown]]:
-        return sorted(entries, key=lambda entry: entry[0])[: self.count]
+    def _drop_the_middle(self) -> None:
+        del self._ends[self.count : max(len(self._ends) - self.count, self.count)]
 
 
 def new_evaluation(run: Path) -> str:
@@ -150,6 +139,10 @@ def _write(shown: Shown, folder: Path, prefix: str, names: Sequence[str]) -> dic
             part.write_bytes(jpeg)
         panels.append({"caption": caption, "file": file})
     return {"name": shown.name, "classes": {names[i]: i for i in shown.ids}, "panels": panels}
+
+
+def _key(entry: tuple) -> tuple[float, str] | str:
+    return entry[0]
 
 
 def _finite(value: float) -> float | None:

@@ -375,10 +375,10 @@ def test_runs_are_compared(sound, tmp_path, capsys):
     main([str(sound), str(other), "--output", str(output), "--images", "1"])
     assert f"report: {output} (" in capsys.readouterr().out and not (other / "report.html").exists()
     page, (ours, theirs) = Page(output), (results(sound), results(other))
-    scores = {row[0]: row[1:] for row in page.table_of("what the number is of")[1:]}
+    scores = {row[0]: row[1:] for row in page.table_of("run")[1:]}
     file = "iter_000400.weights.safetensors"
-    seg = [public(f"{percent(rows[2]['miou'])}{rows[2]['checkpoint']}") for rows in (ours, theirs)]
-    assert scores[title(ours[2])] == seg and file in seg[0]
+    assert scores[title(ours[2])] == [percent(rows[2]["miou"]) + file for rows in (ours, theirs)]
+    assert scores["backbone"] == ["vit_base_patch16_224"] * 2
     assert scores[title(ours[0])][1] == scores[title(theirs[0])][0] == "not evaluated so"   # another threshold
     settings = {row[0]: row[1:] for row in page.table_of("key")[1:]}
     assert settings == {"train.lr": ["6e-05", "0.001"], "evaluate.bkg": ["0.5", "0.6"]}
@@ -477,6 +477,12 @@ def test_in_a_browser(made, tmp_path):
           return document.getElementById("tooltip").textContent;
         })()""").splitlines()
         assert iteration == "iteration 399" and float(value.removeprefix("cls ")) == pytest.approx(last, rel=1e-3)
+        names, cell = results(made)[3]["iou"], "{clientX: box.left + 1.5 * 27, clientY: box.bottom - 0.5 * 27}"
+        assert browser.run(f"""(() => {{
+          const svg = document.querySelector("svg[data-matrix]"), box = svg.getBoundingClientRect();
+          svg.dispatchEvent(new PointerEvent("pointermove", {cell}));
+          return document.getElementById("tooltip").textContent;
+        }})()""").startswith(f"{list(names)[3]} taken for {list(names)[1]}\n")
         tab = "getComputedStyle(document.querySelectorAll('.tabs')[0].querySelectorAll('.tab')[{}]).display"
         assert [browser.run(tab.format(i)) for i in (0, 1)] == ["block", "none"]
         browser.run("document.querySelectorAll('.tabs')[0].querySelectorAll('input')[1].click()")

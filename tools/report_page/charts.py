@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 340, 190                    # of a curve's chart; the page scale
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 22, 24   # margins around the curves
 MOST_POINTS = 1500                          # a longer curve is drawn by the least and largest of neighbouring values
 LEVELS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)   # shares at which a cell of a matrix becomes darker
+LONGEST_NAME = 18                           # letters of a class beside a matrix
 NUMBERED = 25                               # matrices up to this size have room for numbers
 
 
@@ -117,7 +118,7 @@ def reach_of(count: int) -> int:
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round values that span low..high, at most about `most` of them."""
     if high <= low:
-        low, high = (low - 0.5, low + 0.5) if low else (0.0, 1.0)
+        low, high = (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
     raw = (high - low) / (most - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
@@ -148,30 +149,34 @@ def shares_of(matrix: np.ndarray) -> np.ndarray:
 
 
 def confusion_chart(key: str, heading: str, matrix: np.ndarray, names: Sequence[str]) -> Markup:
-    """Rows the true ids, columns the predicted ones, each row as shares of its true pixels."""
+    """Rows the true ids, columns the predicted ones, each row as shares of its true pixels.
+
+    The names of the rows are a drawing of their own, which stays in view when the other is scrolled.
+    """
     shares, count = shares_of(matrix), len(names)
     numbered = count <= NUMBERED
     cell = 27 if numbered else 12
-    margin = 12 + 6.3 * min(max(len(name) for name in names), 18)
-    size = margin + cell * count
-    parts = [element("rect", class_="track", x=margin, y=margin, width=cell * count, height=cell * count)]
+    margin = 12 + 6.3 * min(max(len(name) for name in names), LONGEST_NAME)
+    parts = [element("rect", class_="track", x=0, y=margin, width=cell * count, height=cell * count)]
     parts += _cells(shares, cell, margin)
     if numbered:
-        for row, column in np.argwhere(shares >= 0.005):
-            share = shares[row, column]
-            on = "number on-dark" if share >= 0.5 else "number"
-            where = {"x": margin + (column + 0.5) * cell, "y": margin + (row + 0.5) * cell + 3.5}
-            parts.append(element("text", f"{100 * share:.0f}", class_=on, text_anchor="middle", **where))
+        parts += _numbers(shares, cell, margin)
+    rows = []
     for index, name in enumerate(names):
-        middle, shown = margin + (index + 0.5) * cell, name if len(name) <= 18 else name[:17] + "…"
+        middle = (index + 0.5) * cell + 3.5
+        shown = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
         absent = "name" if np.isfinite(shares[index, 0]) else "name absent"
-        turn = f"translate({middle + 3.5:g} {margin - 6:g}) rotate(-90)"
-        parts.append(element("text", shown, class_=absent, x=margin - 6, y=middle + 3.5, text_anchor="end"))
+        rows.append(element("text", shown, class_=absent, x=margin - 6, y=margin + middle, text_anchor="end"))
+        turn = f"translate({middle:g} {margin - 6:g}) rotate(-90)"
         parts.append(element("text", shown, class_="name", transform=turn))
-    frame = {"data_matrix": key, "data_cell": cell, "data_margin": margin}
-    view = {"viewBox": f"0 0 {size:g} {size:g}", "width": f"{size:g}", "height": f"{size:g}"}
+    height, width = _short(float(margin + cell * count)), cell * count + LONGEST_NAME
     label = f"{heading}: confusion matrix, rows the true class, columns the predicted one, in per cent of a row"
-    return element("svg", *parts, class_="confusion", role="img", aria_label=label, **view, **frame)
+    frame = {"data_matrix": key, "data_cell": cell, "data_top": margin}
+    left = element("svg", *rows, class_="confusion rows", aria_hidden="true", width=margin, height=height)
+    right = element(
+        "svg", *parts, class_="confusion", role="img", aria_label=label, width=width, height=height, **frame
+    )
+    return element("div", left, right, class_="matrix")
 
 
 def confusion_data(matrix: np.ndarray) -> list[list[float] | None]:
@@ -188,11 +193,21 @@ def _cells(shares: np.ndarray, cell: int, margin: float) -> list[Markup]:
         for kind, chosen in (("right", True), ("wrong", False)):
             where = [(r, c) for r, c in np.argwhere(level == depth) if (r == c) == chosen]
             drawn = "".join(
-                f"M{_short(margin + c * cell)} {_short(margin + r * cell)}h{cell - 1}v{cell - 1}h{1 - cell}z"
+                f"M{c * cell} {_short(margin + r * cell)}h{cell - 1}v{cell - 1}h{1 - cell}z"
                 for r, c in where
             )
             if drawn:
                 parts.append(element("path", class_=f"{kind} level-{depth}", d=drawn))
+    return parts
+
+
+def _numbers(shares: np.ndarray, cell: int, margin: float) -> list[Markup]:
+    parts = []
+    for row, column in np.argwhere(shares >= LEVELS[0]):
+        style = "number on-dark" if shares[row, column] >= 0.5 else "number"
+        x, y = (column + 0.5) * cell, margin + (row + 0.5) * cell + 3.5
+        text = f"{100 * shares[row, column]:.0f}"
+        parts.append(element("text", text, class_=style, text_anchor="middle", x=float(x), y=float(y)))
     return parts
 
 

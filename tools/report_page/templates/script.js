@@ -15,7 +15,7 @@
 
   function inside(svg, event) {
     const box = svg.getBoundingClientRect();
-    const scale = svg.viewBox.baseVal.width / box.width;
+    const scale = (svg.viewBox.baseVal?.width || box.width) / box.width;
     return { x: (event.clientX - box.left) * scale, y: (event.clientY - box.top) * scale };
   }
 
@@ -50,10 +50,10 @@
 
   for (const svg of document.querySelectorAll("svg[data-matrix]")) {
     const { names, rows } = data.matrices[svg.dataset.matrix];
-    const cell = +svg.dataset.cell, margin = +svg.dataset.margin;
+    const cell = +svg.dataset.cell, top = +svg.dataset.top;
     svg.addEventListener("pointermove", (event) => {
       const { x, y } = inside(svg, event);
-      const row = Math.floor((y - margin) / cell), column = Math.floor((x - margin) / cell);
+      const row = Math.floor((y - top) / cell), column = Math.floor(x / cell);
       if (!(row in rows) || !(column in rows)) { tooltip.hidden = true; return; }
       const share = rows[row] === null ? "no pixel in the masks" : `${(100 * rows[row][column]).toFixed(2)} %`;
       show(event, `${names[row]} taken for ${names[column]}\n${share}`);
