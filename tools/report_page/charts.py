@@ -226,7 +226,7 @@ def _scales(length: int, ticks: Sequence[float]):
 def _grid(ticks: Sequence[float], to_y, percent: bool) -> Markup:
     lines, right = [], {"class_": "tick", "x": LEFT - 5, "text_anchor": "end"}
     factor, power = (100, 0) if percent else (1, math.floor(math.log10(max(map(abs, ticks)))))
-    if -3 <= power < 4:
+    if -2 <= power < 4:
         power = 0
     for tick in ticks:
         y, text = to_y(tick), f"{round(factor * tick / 10.0**power, 6):g}"
