@@ -35,8 +35,11 @@ def main(argv: list[str]) -> None:
     path = arguments.output or arguments.runs[0] / "report.html"
     size = write_page(runs, path, arguments.images)
     for run in runs:
-        for note in [*run.notes, *(note for evaluation in run.evaluations for note in evaluation.notes)]:
+        for note in run.notes:
             print(f"{run.folder}: {note}")
+        for count, evaluation in enumerate(run.evaluations, 1):
+            for note in evaluation.notes:
+                print(f"{run.folder}: evaluation {count}: {note}")
     print(f"report: {path} ({size / 1e6:.1f} MB)")
 
 

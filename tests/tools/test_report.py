@@ -290,8 +290,10 @@ def evaluation_folder(run):
 def early_rows(run):
     rows = [{k: v for k, v in row.items() if k not in ("evaluation", "background", "input", "predicted_from")}
             for row in results(run)]
+    rows[2]["flip"] = rows[1]["flip"] = rows[0]["flip"] = False
     (run / "results.json").write_text(json.dumps(rows))
-    return "made before confusion matrices and pictures were kept; bash run_evaluate_voc.sh"
+    return (f"made before confusion matrices and pictures were kept; bash run_evaluate_voc.sh cpu 1 "
+            f"{rows[0]['checkpoint']} evaluate.images=6 evaluate.flip=false makes them")
 
 
 def no_folder(run):

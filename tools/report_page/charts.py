@@ -176,7 +176,7 @@ def confusion_chart(key: str, heading: str, matrix: np.ndarray, names: Sequence[
     right = element(
         "svg", *parts, class_="confusion", role="img", aria_label=label, width=width, height=height, **frame
     )
-    return element("div", left, right, class_="matrix")
+    return element("div", left, right, class_="matrix" if numbered else "matrix large")
 
 
 def confusion_data(matrix: np.ndarray) -> list[list[float] | None]:

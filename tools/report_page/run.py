@@ -84,7 +84,7 @@ def read_run(folder: Path) -> Run:
     name = str(config.get("tag") or folder.resolve().name)
     metrics = read_metrics(folder / "metrics.jsonl", notes)
     starts = [line for line in _json_lines(folder / "provenance.jsonl", notes) if isinstance(line, dict)]
-    return Run(folder, name, config, metrics, starts, read_evaluations(folder, notes), notes)
+    return Run(folder, name, config, metrics, starts, read_evaluations(folder, config, notes), notes)
 
 
 def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -136,13 +136,14 @@ def read_metrics(path: Path, notes: list[str]) -> dict[str, Series]:
     return dict(sorted(curves.items(), key=lambda item: order[item[0]]))
 
 
-def read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
+def read_evaluations(folder: Path, config: dict[str, Any], notes: list[str]) -> list[Evaluation]:
     """The rows of results.json in groups that one evaluation made, in their order."""
     path = folder / "results.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        notes.append(f"{path.name} is missing: no evaluation was made; `{evaluate_command(folder, [])}` makes one")
+        command = evaluate_command(folder, [], config)
+        notes.append(f"{path.name} is missing: no evaluation was made; `{command}` makes one")
         return []
     except (OSError, ValueError):
         rows = None
@@ -159,7 +160,7 @@ def read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
         if not groups or not _same_evaluation(groups[-1], row):
             groups.append([])
         groups[-1].append(row)
-    return [_read_evaluation(folder, group) for group in groups]
+    return [_read_evaluation(folder, group, evaluate_command(folder, group, config)) for group in groups]
 
 
 def row_key(row: Mapping) -> str:
@@ -182,18 +183,29 @@ def number(value: Any) -> float | None:
     return float(value) if is_number else None
 
 
-def evaluate_command(folder: Path, rows: list[dict]) -> str:
-    """The command that evaluates again what made the rows."""
+def evaluate_command(folder: Path, rows: list[dict], config: dict[str, Any]) -> str:
+    """The command that makes the rows again, with what differs from the run's config as key=value."""
     known = rows[0].get("checkpoint") if rows else None
     own = folder / "checkpoints" / Path(str(known or "best.weights.safetensors")).name
     checkpoint = known if known and not own.is_file() else own
-    settings = ["evaluate.crf=true"] if any(row.get("crf") for row in rows) else []
-    if any(row.get("image_labels") == "predicted" for row in rows):
-        settings.append("evaluate.image_labels=predicted")
-    settings += [f"evaluate.predict_from={source}" for source in {row.get("predicted_from") for row in rows} - {None}]
-    if any(row.get("map") in ("cam", "lam") and len(row.get("scales") or ()) > 1 for row in rows):
-        settings.append("evaluate.multi_scale=true")
-    return public(" ".join(["bash run_evaluate_voc.sh cpu 1", str(checkpoint), *settings]))
+    settings = (f"{key}={json.dumps(value)}" for key, value in _settings(rows).items() if config.get(key) != value)
+    words = ["bash run_evaluate_voc.sh cpu 1", str(checkpoint), *(text.replace('"', "") for text in settings)]
+    return public(" ".join(words))
+
+
+def _settings(rows: list[dict]) -> dict[str, Any]:
+    """The keys of a config that rows tell of. Those of CAM and LAM are the same for both."""
+    first = {name: row[name] for row in reversed(rows) for name in row if row[name] is not None or name == "input"}
+    told = {
+        "data.val_split": "split", "evaluate.images": "images", "evaluate.flip": "flip", "evaluate.base_size": "input",
+        "evaluate.bkg": "background", "evaluate.image_labels": "image_labels", "evaluate.predict_from": "predicted_from",
+    }
+    settings = {key: first[name] for key, name in told.items() if name in first}
+    if rows:
+        settings["evaluate.crf"] = any(row.get("crf") for row in rows)
+        scales = (row.get("scales") or () for row in rows if row["map"] in ("cam", "lam"))
+        settings["evaluate.multi_scale"] = any(len(found) > 1 for found in scales)
+    return settings
 
 
 def _same_evaluation(group: list[dict], row: dict) -> bool:
@@ -202,8 +214,9 @@ def _same_evaluation(group: list[dict], row: dict) -> bool:
     return all(group[0].get(key) == row.get(key) for key in keys) and row_key(row) not in map(row_key, group)
 
 
-def _read_evaluation(run: Path, rows: list[dict]) -> Evaluation:
-    name, again = rows[0].get("evaluation"), evaluate_command(run, rows)
+def _read_evaluation(run: Path, rows: list[dict], again: str) -> Evaluation:
+    """again: the command that makes the rows again."""
+    name = rows[0].get("evaluation")
     if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
         note = f"made before confusion matrices and pictures were kept; `{again}` makes them"
         return Evaluation(rows, notes=[note])
