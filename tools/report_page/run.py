@@ -198,7 +198,8 @@ def _settings(rows: list[dict]) -> dict[str, Any]:
     first = {name: row[name] for row in reversed(rows) for name in row if row[name] is not None or name == "input"}
     told = {
         "data.val_split": "split", "evaluate.images": "images", "evaluate.flip": "flip", "evaluate.base_size": "input",
-        "evaluate.bkg": "background", "evaluate.image_labels": "image_labels", "evaluate.predict_from": "predicted_from",
+        "evaluate.bkg": "background", "evaluate.image_labels": "image_labels",
+        "evaluate.predict_from": "predicted_from",
     }
     settings = {key: first[name] for key, name in told.items() if name in first}
     if rows:
