@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from engine.launch import run_script  # noqa: E402
 from tools.report_page.page import write_page  # noqa: E402
-from tools.report_page.run import read_run  # noqa: E402
+from tools.report_page.run import read_runs  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.images is not None and arguments.images < 0:
         raise UserError(f"--images {arguments.images}: expected 0 or more")
-    runs = [read_run(folder) for folder in arguments.runs]
+    runs = read_runs(arguments.runs)
     path = arguments.output or arguments.runs[0] / "report.html"
     size = write_page(runs, path, arguments.images)
     for run in runs:

@@ -21,7 +21,7 @@ from tests.tools.chromium import PROGRAM, Chromium
 from tools.report import main
 from tools.report_page.charts import LEFT, RIGHT, WIDTH, Curve, nice_ticks, running_mean, smoothed
 from tools.report_page.private import public
-from tools.report_page.run import read_run
+from tools.report_page.run import read_run, read_runs
 from utils.config import save_config
 from utils.errors import UserError
 from utils.metrics import Scores
@@ -392,6 +392,7 @@ def test_runs_are_compared(sound, tmp_path, capsys):
         assert row[1:3] == [percent(ours_), percent(theirs_)]
         assert row[3] == ("–" if ours_ is None else f"{100 * (theirs_ - ours_):+.2f}")
     assert len(page.images) == 2 * 2 * 5
+    assert [run.name for run in read_runs([sound, other, sound])] == [f"run ({sound})", "other", f"run ({sound})"]
 
 
 def test_mean_over_neighbours():
@@ -402,15 +403,17 @@ def test_mean_over_neighbours():
             near = [v for v in values[i - side : i + side + 1] if v is not None]
             assert mean is None if values[i] is None else mean == pytest.approx(sum(near) / len(near))
     stepped = Curve("x", [9, 19, 29, 39], [0.0, 0.0, 8.0, 8.0], "term")
-    assert smoothed(stepped, 1, [20]) == [0, 0, 8, 8] and smoothed(stepped, 1) == pytest.approx([0, 8 / 3, 16 / 3, 8])
+    assert smoothed(stepped, 1) == pytest.approx([0, 8 / 3, 16 / 3, 8])
+    assert smoothed(stepped._replace(boundaries=[20]), 1) == [0, 0, 8, 8]
 
 
 def test_ticks_are_round_and_span_the_values():
-    for low, high in ((0, 1), (0, 0.73), (-3e-4, 2e-5), (3, 3), (0, 0), (0, 80000), (0.4971, 0.5103)):
+    for low, high in ((0, 1), (0, 0.73), (-3e-4, 2e-5), (3, 3), (0, 0), (0, 80000), (0.4971, 0.5103), (-7, -7)):
         ticks = nice_ticks(low, high)
         steps = np.diff(ticks)
         assert ticks[0] <= low <= high <= ticks[-1] + 1e-12 and 2 <= len(ticks) <= 7
         assert steps == pytest.approx([steps[0]] * len(steps))
+    assert nice_ticks(2.99573, 2.99574) == [0, 1, 2, 3]
 
 
 def test_long_curves_keep_their_extremes(sound, tmp_path):

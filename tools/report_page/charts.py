@@ -12,17 +12,22 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 10, 22, 24   # margins around the curves
 MOST_POINTS = 1500                          # a longer curve is drawn by the least and largest of neighbouring values
 LEVELS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)   # shares at which a cell of a matrix becomes darker
 LONGEST_NAME = 18                           # letters of a class beside a matrix
+SAME = 1e-4                                 # values that differ by a smaller share of themselves are one value
 NUMBERED = 25                               # matrices up to this size have room for numbers
 
 
 class Curve(NamedTuple):
-    """name; values by iteration, None for a gap; colour: a class of the style sheet; smooth: draw the mean over."""
+    """name; values by iteration, None for a gap; colour: a class of the style sheet.
+
+    smooth: draw the mean of neighbours over it, which does not reach over `boundaries`, ascending iterations.
+    """
 
     name: str
     x: Sequence[int]
     y: Sequence[float | None]
     colour: str
     smooth: bool = False
+    boundaries: Sequence[int] = ()
 
 
 class Stage(NamedTuple):
@@ -51,7 +56,7 @@ def curve_chart(
     """A chart of the curves over iterations 0..length.
 
     key: of the chart in `chart_data`. heading: for those who do not see it. starts: where the term's weight leaves 0;
-    the time before is shaded. percent: values are shares and the axis is in per cent. Means do not reach over stages.
+    the time before is shaded. percent: values are shares and the axis is in per cent.
     """
     values = [value for curve in curves for value in curve.y if value is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
@@ -62,7 +67,7 @@ def curve_chart(
         end = to_x(min(starts, length))
         parts.append(element("rect", class_="before", x=LEFT, y=TOP, width=end - LEFT, height=HEIGHT - TOP - BOTTOM))
     parts.append(_stage_lines(stages, to_x))
-    parts += [_curve(curve, to_x, to_y, [stage.after for stage in stages]) for curve in curves]
+    parts += [_curve(curve, to_x, to_y) for curve in curves]
     described = f"{heading}: " + "; ".join(describe(curve, percent) for curve in curves)
     frame = {"data_left": LEFT, "data_right": WIDTH - RIGHT, "data_length": length}
     return element(
@@ -90,10 +95,10 @@ def describe(curve: Curve, percent: bool = False) -> str:
     )
 
 
-def smoothed(curve: Curve, reach: int, boundaries: Sequence[int] = ()) -> list[float | None]:
+def smoothed(curve: Curve, reach: int) -> list[float | None]:
     """`running_mean` of the curve, separately before and after each boundary."""
-    part = np.searchsorted(np.asarray(boundaries), np.asarray(curve.x), side="left")
-    pieces = [[y for y, own in zip(curve.y, part, strict=True) if own == index] for index in range(len(boundaries) + 1)]
+    part, count = np.searchsorted(curve.boundaries, curve.x, side="left"), len(curve.boundaries) + 1
+    pieces = [[y for y, own in zip(curve.y, part, strict=True) if own == index] for index in range(count)]
     return [mean for piece in pieces for mean in running_mean(piece, reach)]
 
 
@@ -116,8 +121,8 @@ def reach_of(count: int) -> int:
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round values that span low..high, at most about `most` of them."""
-    if high <= low:
+    """Round values that span low..high, at most about `most` of them; from 0 where low and high hardly differ."""
+    if high - low <= SAME * max(abs(low), abs(high)):
         low, high = (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
     raw = (high - low) / (most - 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -260,12 +265,12 @@ def _stage_lines(stages: Sequence[Stage], to_x) -> Markup:
     return Markup("").join(parts)
 
 
-def _curve(curve: Curve, to_x, to_y, boundaries: Sequence[int]) -> Markup:
+def _curve(curve: Curve, to_x, to_y) -> Markup:
     reach = reach_of(len(curve.x)) if curve.smooth else 0
     style = f"line {curve.colour}{' raw' if reach else ''}"
     parts = [element("path", class_=style, d=_path(curve.x, curve.y, to_x, to_y))]
     if reach:
-        mean = smoothed(curve, reach, boundaries)
+        mean = smoothed(curve, reach)
         parts.append(element("path", class_=f"line {curve.colour} mean", d=_path(curve.x, mean, to_x, to_y)))
     if len(curve.x) <= 30:
         parts += [

@@ -149,7 +149,7 @@ class Page:
         terms = []
         for term in run.terms:
             series, starts = run.metrics[f"train/{term}"], run.config.get(f"loss.start_after.{term}")
-            curve = Curve(term, series.x, series.y, "term", smooth=True)
+            curve = Curve(term, series.x, series.y, "term", True, [stage.after for stage in stages])
             note = term_note(run, term)
             starts = starts if isinstance(starts, int) else None
             terms.append(self.chart(f"{key}-{term}", term, f"loss term {term}", note, [curve], run.length,
@@ -164,7 +164,7 @@ class Page:
         for name, shown, note in (("lr", "learning rate", "of the backbone"),
                                   ("seconds_per_iteration", "seconds an iteration", "validation not counted")):
             if series := run.metrics.get(f"train/{name}"):
-                curve = Curve(shown, series.x, series.y, "pace", smooth=name != "lr")
+                curve = Curve(shown, series.x, series.y, "pace", name != "lr", [stage.after for stage in stages])
                 pace.append(self.chart(f"{key}-{name}", shown, shown, note, [curve], run.length))
         return {"terms": terms, "validation": validation, "pace": pace}
 
@@ -180,7 +180,8 @@ class Page:
         for name in names:
             kind, _, metric = name.partition("/")
             curves = [
-                Curve(run.name, run.metrics[name].x, run.metrics[name].y, seen["colour"], smooth=kind == "train")
+                Curve(run.name, run.metrics[name].x, run.metrics[name].y, seen["colour"], kind == "train",
+                      [stage.after for stage in seen["stages"]])
                 for run, seen in zip(self.runs, shown, strict=True) if name in run.metrics
             ]
             title = metric if kind == "train" else f"{NAMES[metric]}, validation"

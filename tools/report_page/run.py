@@ -4,7 +4,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,16 @@ def read_run(folder: Path) -> Run:
     metrics = read_metrics(folder / "metrics.jsonl", notes)
     starts = [line for line in _json_lines(folder / "provenance.jsonl", notes) if isinstance(line, dict)]
     return Run(folder, name, config, metrics, starts, read_evaluations(folder, config, notes), notes)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """`read_run` of each folder; runs of one name are told apart by their folders."""
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name += f" ({public(str(run.folder))})"
+    return runs
 
 
 def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
