@@ -410,9 +410,11 @@ def compared_classes(shown: list[dict]) -> list[dict]:
         having = [(run, rows[text]["iou"]) for run, rows in zip(shown, newest, strict=True) if text in rows]
         if len(having) > 1:
             names = list(dict.fromkeys(name for _, iou in having for name in iou))
+            rows = [compared_class(name, [iou.get(name) for _, iou in having]) for name in names]
+            largest = max((abs(value) for row in rows for value in row["differences"] if value), default=1.0)
             tables.append({
-                "label": text, "key": f"classes-{len(tables)}", "runs": [run for run, _ in having],
-                "rows": [compared_class(name, [iou.get(name) for _, iou in having]) for name in names],
+                "label": text, "key": f"classes-{len(tables)}", "runs": [run for run, _ in having], "rows": rows,
+                "largest": largest,
             })
     return tables
 
