@@ -184,20 +184,12 @@ def card(name: str, opened: Opened, meta: dict, rows: list[dict], starts: list[d
     if "val" in meta:
         facts["validation in training"] = ", ".join(f"{key} {_percent(value)}" for key, value in meta["val"].items())
     scores = ["| mIoU | pixel accuracy | of |", "|---|---|---|"]
-    scores += [f"| {_percent(row['miou'])} | {_percent(row['pixel_accuracy'])} | {_of(row)} |" for row in rows]
+    scores += [f"| {_percent(row['miou'])} | {_percent(row['pixel_accuracy'])} | {title(row)} |" for row in rows]
     return CARD.format(
         name=name, facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         results="\n".join(scores) if rows else "These weights were not scored.", sums=SUMS,
         classes=", ".join(opened.classes), provenance="\n".join(_provenance(starts)) or "Not recorded.",
     )
-
-
-def _of(row: dict) -> str:
-    """What the scores of a row of results.json are of."""
-    predicted, background, side = row.get("predicted_from"), row.get("background"), row.get("input")
-    details = [f"predicted by the {predicted}"] if predicted else []
-    details += [f"background {background:g}"] if background is not None else []
-    return title(row, [*details, f"input {side}x{side}" if side else "native size"])
 
 
 def _provenance(starts: list[dict]) -> list[str]:
