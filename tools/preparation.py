@@ -11,11 +11,13 @@ missing or differs.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import io
 import json
 import os
+import signal
 from argparse import ArgumentParser
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +40,7 @@ VERSION = 1  # of the tools: raise it when the files they make change
 MANIFEST, JOURNAL, UNPACKED = "manifest.json", ".preparing.jsonl", ".*.tar"
 WAITING = 4  # results a process may be ahead
 NAMED = 5    # names a message lists
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
 class Task(NamedTuple):
@@ -82,7 +85,11 @@ class Preparation:
             self.journal.close()
             raise UserError(f"{root}: another process prepares data here") from None
         self.finished = (root / MANIFEST).exists()
-        self.records = self._from_manifest() | self._from_journal()
+        try:
+            self.records = self._from_manifest() | self._from_journal()
+        except UserError:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "Preparation":
         return self
@@ -181,7 +188,7 @@ def parallel(function: Callable[[Any], Any], items: Iterable, workers: int, labe
 
 def _pooled(function: Callable[[Any], Any], items: Iterable, workers: int) -> Iterator:
     waiting: deque = deque()
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=_tie, initargs=(os.getpid(),)) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
@@ -194,6 +201,14 @@ def _pooled(function: Callable[[Any], Any], items: Iterable, workers: int) -> It
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _tie(parent: int) -> None:
+    """A worker ends with its parent, even a killed one, whose lock it shares; Ctrl-C is the parent's to handle."""
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def build(root: Path, task: Task | Link) -> Record:

@@ -8,9 +8,9 @@
     --sbd   masks of the Semantic Boundaries Dataset (Hariharan et al., ICCV 2011): its benchmark.tgz or unpacked folder
             (dataset/cls/*.mat), or the SegmentationClassAug folder or zip that segmentation projects pass on
 
-Masks are VOC's own where VOC has them, with the borders' 255, else SBD's. train_aug is VOC's train and after it,
-sorted, all images of SBD that are neither in VOC's train nor in its val: 10,582. An image's labels are the classes of
-all objects of its annotation, those marked difficult too, as in the released cls_labels_onehot.npy.
+Masks are VOC's own where VOC has them, with the borders' 255, else SBD's. train_aug is VOC's train and all of SBD
+without VOC's val, sorted: 10,582 images. An image's labels are the classes of all objects of its annotation, those
+marked difficult too, as in the released cls_labels_onehot.npy.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def _sbd_masks(sbd: Source) -> dict[str, Blob]:
 
 
 def augmented(train: list[str], val: list[str], sbd: Iterable[str]) -> list[str]:
-    """train_aug: VOC's train, then what SBD adds to it, sorted, without VOC's val."""
-    return train + sorted(set(sbd) - set(train) - set(val))
+    """train_aug: VOC's train and all of SBD (train and val), without VOC's val, sorted."""
+    return sorted({*train, *sbd} - set(val))
 
 
 def split_lists(parts: Parts, given: Path | None, partial: bool) -> dict[str, list[str]]:

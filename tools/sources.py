@@ -23,6 +23,7 @@ from utils.errors import UserError
 from utils.files import replacing
 
 GZIP = b"\x1f\x8b"
+BLOCK = 512  # of a tar
 EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
 
 
@@ -172,6 +173,10 @@ def _refuse_outside(path: Path, names: list[str]) -> None:
 
 def _tar_files(path: Path, named: Path) -> Iterator[tuple[str, Blob]]:
     """Members of an uncompressed tar, checked by tarfile's filter 'data', with their place in it."""
+    with open(path, "rb") as file:
+        file.seek(-min(BLOCK, path.stat().st_size), os.SEEK_END)
+        if any(file.read()):  # a tar ends with blocks of zeros; tarfile takes one that is cut short for its end
+            raise UserError(f"{named}: not a tar, gzipped tar or zip, or cut short; is it complete?")
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -181,7 +186,7 @@ def _tar_files(path: Path, named: Path) -> Iterator[tuple[str, Blob]]:
     except tarfile.FilterError as error:
         raise UserError(f"{named}: refused, {error}") from None
     except tarfile.TarError as error:
-        raise UserError(f"{named}: not a readable tar, gzipped tar or zip ({error}); is it complete?") from None
+        raise UserError(f"{named}: not a readable tar ({error}); is it complete?") from None
 
 
 def _unzipped(path: Path, scratch: Path) -> Path:
