@@ -148,8 +148,13 @@ def test_a_second_call_only_mends(prepared, archives, capsys):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_call_goes_on(workers, archives, prepared, tmp_path, monkeypatch):
     """SIGKILL while files appear; what was finished stays untouched, the end is as without the kill."""
-    out, read = tmp_path / "out", Blob.read
-    monkeypatch.setattr(Blob, "read", lambda blob: (time.sleep(0.05), read(blob))[1])
+    out, quickly = tmp_path / "out", Blob.read
+
+    def read(blob):
+        time.sleep(0.05)
+        return quickly(blob)
+
+    monkeypatch.setattr(Blob, "read", read)
     given = arguments(out, archives, "benchmark.tgz", "--workers", workers)
     process = multiprocessing.get_context("fork").Process(target=prepare_voc.main, args=(given,))
     process.start()
@@ -159,7 +164,7 @@ def test_a_killed_call_goes_on(workers, archives, prepared, tmp_path, monkeypatc
         time.sleep(0.02)
     process.kill()
     process.join()
-    monkeypatch.setattr(Blob, "read", read)
+    monkeypatch.setattr(Blob, "read", quickly)
     done = json.loads(journal.read_text().splitlines()[1])[0]
     time_of = (out / done).stat().st_mtime_ns
     (out / "JPEGImages/2008_000006.jpg.part").write_bytes(b"half a file")
