@@ -72,7 +72,9 @@ def read_pictures(path: Path) -> list[Picture]:
         pictures = [_picture(coco, image, ids) for image in coco.imgs.values() if coco.imgToAnns.get(image["id"])]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{path}: not a file of COCO instances ({error!r})") from None
-    return sorted(pictures)
+    if not pictures:
+        raise UserError(f"{path}: holds no images with annotations")
+    return sorted(pictures, key=lambda picture: picture.name)
 
 
 def _class_ids(coco: COCO, path: Path) -> dict[int, int]:
