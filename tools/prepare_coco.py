@@ -9,8 +9,8 @@
 
 Masks are palette PNGs of the ids 1..80, the 80 categories in the order of their COCO ids (1 person ... 90 toothbrush).
 Where annotations overlap, the one of the smaller `area` is in front, of two of the same area the first in the file;
-crowds are drawn like all others by their area. So does coco2voc (github.com/alicranck/coco2voc), which the releases of
-AFA and ToCo name. COCO-Stuff's converter draws in the order of the file and leaves crowds out.
+crowds are drawn like all others by their area. So does coco2voc (github.com/alicranck/coco2voc), which ToCo's
+README names. COCO-Stuff's converter draws in the order of the file and leaves crowds out.
 
 train and val are the images with an annotation, sorted: 82,081 and 40,137. val_part is the first 5,000 of val.
 """

@@ -10,7 +10,7 @@
 
 Masks are VOC's own where VOC has them, with the borders' 255, else SBD's. train_aug is VOC's train and all of SBD
 without VOC's val, sorted: 10,582 images. An image's labels are the classes of all objects of its annotation, those
-marked difficult too, as in the released cls_labels_onehot.npy.
+marked difficult too (docs/data.md says what that rests on).
 """
 
 import argparse
