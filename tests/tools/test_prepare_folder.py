@@ -6,10 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from datasets import build_train_set, build_val_set
+from engine.distributed import Ranks
 from engine.launch import run_script
+from engine.train import train
+from tests import tiny
 from tools import prepare_folder
 from utils.config import load_config, split_config
 from utils.errors import UserError
@@ -55,11 +59,11 @@ def with_classes(mine, *more):
     return arguments(mine, "--classes", ",".join(CLASSES), *more)
 
 
-def printed_config(out):
+def printed_config(out, *more):
     """The config of the command that the tool printed, as run_train.sh passes it on."""
     command = shlex.split(out.strip().splitlines()[-1])
     assert command[:2] == ["bash", "run_train.sh"] and len(command[2:7]) == 5
-    return load_config(*split_config([f"tag={command[6]}", *command[7:], "data.crop_size=8"], "more_voc"))
+    return load_config(*split_config([f"tag={command[6]}", *command[7:], "data.crop_size=8", *more], "more_voc"))
 
 
 def snapshot(root):
@@ -98,6 +102,16 @@ def test_without_masks_it_trains_without_validation(mine, capsys):
     assert train[1, 0].image.shape == (3, 8, 8) and (mine / "out/JPEGImages/b.png").is_symlink()
     with pytest.raises(UserError, match="data.val_split is null"):
         build_val_set(config)
+
+
+def test_the_printed_command_trains_without_masks(mine, capsys):
+    prepare_folder.main(arguments(mine, masks=False))
+    more = [f"output={mine}", *tiny.SETTINGS, "train.iterations=1", "train.warmup_iterations=1"]
+    run = train(printed_config(capsys.readouterr().out, *more), Ranks(0, 1, torch.device("cpu")))
+    log, metrics = (run / "train.log").read_text(), (run / "metrics.jsonl").read_text()
+    assert "4 training images (train), no validation, 3 classes" in log
+    assert "train/total" in metrics and "val/" not in metrics
+    assert {path.name.split(".")[0] for path in (run / "checkpoints").iterdir()} == {"iter_000001"}
 
 
 def test_one_row_a_class_and_many_columns_say_the_same(mine, capsys):
