@@ -38,7 +38,10 @@ def build_train_set(config: DictConfig) -> TrainSet:
 
 def build_val_set(config: DictConfig, split: str | None = None) -> EvalSet:
     """The split `split` (None: config.data.val_split) at native size with its masks. Raises UserError."""
-    return EvalSet(*_load(config.data, split or config.data.val_split, need_masks=True))
+    split = split or config.data.val_split
+    if split is None:
+        raise UserError("data.val_split is null: give data.val_split=NAME, the split to score, which needs masks")
+    return EvalSet(*_load(config.data, split, need_masks=True))
 
 
 def class_names(data: DictConfig) -> tuple[str, ...]:

@@ -9,8 +9,9 @@
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 from xml.etree import ElementTree
 
 import numpy as np
@@ -114,7 +115,7 @@ def _read_json(path: Path, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
     for name, present in content.items():
         if not isinstance(present, list) or not all(isinstance(label, str) for label in present):
             raise UserError(f"{path}: labels of image {name} must be a list of class names, not {present!r}")
-    return {name: _multi_hot(present, classes, path, name) for name, present in content.items()}
+    return {name: multi_hot(present, classes, path, name) for name, present in content.items()}
 
 
 def _read_xml(folder: Path, names: list[str], classes: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -123,22 +124,33 @@ def _read_xml(folder: Path, names: list[str], classes: tuple[str, ...]) -> dict[
     for name in names:
         path = folder / f"{name}.xml"
         try:
-            tree = ElementTree.parse(path)
+            table[name] = multi_hot(annotated_classes(path), classes, path, name)
         except FileNotFoundError:
             raise UserError(f"{path}: no labels for image {name}, the annotation is missing") from None
-        except (OSError, ElementTree.ParseError) as error:
-            raise UserError(f"{path}: annotation cannot be read ({error})") from None
-        present = [(found.findtext("name") or "").strip() for found in tree.getroot().findall("object")]
-        table[name] = _multi_hot(present, classes, path, name)
     return table
 
 
-def _multi_hot(present: list[str], classes: tuple[str, ...], path: Path, name: str) -> np.ndarray:
+def annotated_classes(annotation: Path | BinaryIO) -> list[str]:
+    """The class of every <object> of a VOC annotation, in its order, those of parts of a body left out.
+
+    Raises FileNotFoundError where there is no such file, UserError where it cannot be read.
+    """
+    try:
+        tree = ElementTree.parse(annotation)
+    except FileNotFoundError:
+        raise
+    except (OSError, ElementTree.ParseError) as error:
+        raise UserError(f"{annotation}: annotation cannot be read ({error})") from None
+    return [(found.findtext("name") or "").strip() for found in tree.getroot().findall("object")]
+
+
+def multi_hot(present: Iterable[str], classes: tuple[str, ...], source: object, name: str) -> np.ndarray:
+    """The classes of image `name` as float32 (K,). Raises UserError naming source, image and an unknown class."""
     labels = np.zeros(len(classes), np.float32)
     for label in present:
         if label not in classes:
             near = difflib.get_close_matches(label, classes, n=1, cutoff=0)
-            raise UserError(f"{path}: image {name} has the unknown class {label!r}; the nearest known is {near[0]!r}")
+            raise UserError(f"{source}: image {name} has the unknown class {label!r}; the nearest known is {near[0]!r}")
         labels[classes.index(label)] = 1
     return labels
 

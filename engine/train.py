@@ -81,7 +81,8 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
     log = setup_logger(folder / "train.log", main=main)
 
     use_tf32(config.train.tf32)
-    train_set, val_set = build_train_set(config), build_val_set(config)
+    train_set = build_train_set(config)
+    val_set = build_val_set(config) if config.data.val_split else None
     torch.manual_seed(config.seed)
     method = build_method(config, len(train_set.classes))
     meta = {"method": config.method, "classes": list(train_set.classes), "config": config.tag}
@@ -124,7 +125,7 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
                 if main:
                     checkpoint.save_state(checkpoints, done, method, trainer.optimizer, meta)
                 barrier()
-            if done % config.train.validate_every == 0 or last:
+            if val_set is not None and (done % config.train.validate_every == 0 or last):
                 paused = time.perf_counter()
                 scores = validate(method, val_set, config, ranks)
                 if main:
@@ -200,8 +201,9 @@ def _describe(log, config: DictConfig, ranks: Ranks, method: nn.Module, train_se
     parameters = sum(p.numel() for p in method.parameters()) / 1e6
     model = config.model
     log.info("%s, %s, %.2f M parameters, from %s", config.method, model.backbone, parameters, model.weights)
-    log.info("%d training images (%s), %d validation images (%s), %d classes", len(train_set), config.data.train_split,
-             len(val_set), config.data.val_split, len(train_set.classes))
+    validation = f"{len(val_set)} validation images ({config.data.val_split})" if val_set else "no validation"
+    log.info("%d training images (%s), %s, %d classes", len(train_set), config.data.train_split, validation,
+             len(train_set.classes))
     log.info("global batch %d = %d process(es) x %d on %s, lr %.3g, %s", config.train.batch_size, ranks.world,
              config.train.batch_size // ranks.world, ranks.device, config.train.lr, config.train.precision)
     if start:

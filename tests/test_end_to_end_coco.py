@@ -1,4 +1,4 @@
-"""COCO layout through its launchers: 81 ids, padded crops, segmentation at native size."""
+"""COCO layout through its launchers: 81 ids, padded crops, segmentation at native size; also on real images."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from tools import prepare_coco
 
 COUNTS = {"train": 6, "val": 3}
 
@@ -49,3 +50,38 @@ def test_train_and_evaluate(root, tmp_path):
     first, second = json.loads((tmp_path / "coco" / "results.json").read_text())
     assert first["map"] == "seg" and first["split"] == "val" and first["images"] == 3 and len(first["iou"]) == 81
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+@pytest.fixture
+def real(shared_data, tmp_path):
+    """A few real images, from official annotations made ready by tools/prepare_coco.py."""
+    for split, count in COUNTS.items():
+        content = json.loads((shared_data / f"coco_mini/annotations/instances_{split}2014.json").read_text())
+        content["images"] = sorted(content["images"], key=lambda image: image["height"] * image["width"])[:count]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [shape for shape in content["annotations"] if shape["image_id"] in kept]
+        (tmp_path / f"instances_{split}2014.json").write_text(json.dumps(content))
+    images = shared_data / "coco_mini/JPEGImages"
+    given = [tmp_path / "real", "--annotations", tmp_path, "--image-folder", images, "--workers", "1"]
+    prepare_coco.main(list(map(str, given)))
+    return tmp_path / "real"
+
+
+def test_prepared_real_images(real, tmp_path):
+    done = tiny.bash(
+        "run_train.sh", "scripts/train_coco.py", "cpu", 1, "auto", "real_run", f"data.root={real}",
+        f"output={tmp_path}", *tiny.SETTINGS, "train.iterations=2", "train.validate_images=1",
+        "loss.start_after={ptc: 0, certain: 0, uncertain: 0, seg: 0, energy: 0}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 training images (train), 3 validation images (val_part), 80 classes" in done.stdout + done.stderr
+    weights = tiny.last_weights(tmp_path / "real_run", 2)
+    done = tiny.bash("run_evaluate_seg_coco.sh", "tools/infer_seg_coco.py", "cpu", 1, "val", weights,
+                     "evaluate.base_size=null", "evaluate.seg_scales=[0.5]")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "real_run" / "results.json").read_text())
+    assert row["images"] == 3 and len(row["iou"]) == 81 and 0 <= row["miou"] <= 1
+    labels = json.loads((real / "labels.json").read_text())
+    val = (real / "ImageSets/Segmentation/val.txt").read_text().split()
+    present = {name for image in val for name in labels[image]}
+    assert {name for name in present if row["iou"][name] is None} == set()

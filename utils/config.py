@@ -31,6 +31,7 @@ OPTIONAL: dict[str, type | list[type]] = {
     "tag": str,
     "resume": str,
     "data.root": str,
+    "data.val_split": str,
     "data.image_labels": str,
     "data.classes": [str],
     "data.workers": int,
