@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.backbones.vit import check_keys
 from utils.errors import UserError
+from utils.files import replacing
 
 STATE = "iter_{:06d}.state.pt"
 WEIGHTS = "iter_{:06d}.weights.safetensors"
@@ -27,7 +28,7 @@ def save_weights(path: str | os.PathLike, method: nn.Module, meta: dict) -> None
     `utils.config.portable`), iteration and, of the best weights, val.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in method.state_dict().items()}
-    with _replacing(path) as part:
+    with replacing(path) as part:
         save_file(tensors, part, metadata={"meta": json.dumps(meta)})
 
 
@@ -98,7 +99,7 @@ def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch
     """Writes weights and state after `iteration` steps; earlier states go, their weights stay."""
     save_weights(folder / WEIGHTS.format(iteration), method, {**meta, "iteration": iteration})
     state = {"iteration": iteration, "optimizer": optimizer.state_dict()}
-    with _replacing(folder / STATE.format(iteration)) as part:
+    with replacing(folder / STATE.format(iteration)) as part:
         torch.save(state, part)
     for path in folder.glob("iter_*.state.pt"):
         if path.name != STATE.format(iteration):
@@ -118,21 +119,3 @@ def load_state(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer
             optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
             return state["iteration"]
     return None
-
-
-class _replacing:
-    """A temporary name beside `path` that becomes `path` at the end, so that no half-written file bears the name."""
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.part
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            os.replace(self.part, self.path)
-        else:
-            self.part.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from engine.predict import evaluation_mode
 from utils.batch import Batch
+from utils.files import replacing
 from utils.images import heatmap, overlay, to_uint8
 
 SMALLEST = 192   # panels of smaller images are enlarged
@@ -59,9 +60,9 @@ def training_picture(method: nn.Module, batch: Batch, classes: Sequence[str], co
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Writes uint8 (H, W, 3); makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    """Writes uint8 (H, W, 3) in the format of the name's ending; makes the folder."""
+    with replacing(path) as part:
+        Image.fromarray(picture).save(part, Image.registered_extensions()[path.suffix.lower()], quality=90)
 
 
 def _with_caption(caption: str, panel: np.ndarray) -> np.ndarray:

@@ -1,0 +1,22 @@
+"""Files that are whole or not there."""
+
+import os
+from pathlib import Path
+
+
+class replacing:
+    """A temporary name beside `path` that becomes `path` at the end, so that no half-written file bears the name."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.part
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            os.replace(self.part, self.path)
+        else:
+            self.part.unlink(missing_ok=True)
