@@ -34,6 +34,7 @@ from engine.loading import find_checkpoint, open_checkpoint  # noqa: E402
 from engine.masks import check_thresholds, confident_ids, load_irn, save_irn, winning_ids  # noqa: E402
 from engine.predict import Plan, Prediction, evaluation_plan  # noqa: E402
 from engine.results import summary_line, title  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 from utils.images import IGNORE, read_label_map, to_uint8, write_label_png  # noqa: E402
 from utils.metrics import Scores, confusion_matrix  # noqa: E402
 
@@ -47,16 +48,18 @@ class Rule:
     """How maps become a file: `format`, and for PNGs the thresholds and the CRF."""
 
     def __init__(self, options: argparse.Namespace, config) -> None:
-        irn, labels = options.format == "irn-label", config.pseudo_labels
+        self.format, self.kind, self.bkg = options.format, options.map, config.evaluate.bkg
+        self.ending = "npy" if self.format == "npy" else "png"
+        irn, labels = self.format == "irn-label", config.pseudo_labels
+        if self.format == "npy" and (config.evaluate.crf or options.high is not None or options.low is not None):
+            raise UserError("format=npy holds the maps themselves: high, low and evaluate.crf have no part in it")
         given = [value if value is not None else default for value, default in (
             (options.high, IRN_HIGH if irn else labels.high), (options.low, IRN_LOW if irn else labels.low),
         )]
-        self.format, self.kind, (self.high, self.low) = options.format, options.map, given
+        self.high, self.low = given
         check_thresholds(self.high, self.low)
-        self.bkg = config.evaluate.bkg
         own_crf = OmegaConf.to_container(config.crf) if config.evaluate.crf else None
         self.crf = {"backend": config.crf.backend, **IRN_CRF} if irn else own_crf
-        self.ending = "npy" if self.format == "npy" else "png"
 
     def write(self, path: Path, item: EvalItem, prediction: Prediction) -> None:
         maps, present = prediction.maps[self.kind], prediction.present
@@ -99,7 +102,8 @@ def summary(rule: Rule, plan: Plan, config, split: str, scored: tuple[np.ndarray
     }
     share = 100 * left_out / max(1, left_out + matrix.sum())
     size = "native size" if plan.base_size is None else f"input {plan.base_size}x{plan.base_size}"
-    return summary_line(Scores(matrix), title(row, [rule.details(), f"{share:.2f} % of the pixels unsure", size]))
+    details = [rule.details(), f"{share:.2f} % of the pixels unsure and left out", size]
+    return summary_line(Scores(matrix), title(row, details))
 
 
 def main(argv: list[str]) -> None:

@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from datasets import FileItem, ImageFiles, find_images, unique_names  # noqa: E402
-from engine.distributed import Ranks  # noqa: E402
+from engine.distributed import Ranks, pick_device  # noqa: E402
 from engine.evaluate import row_name  # noqa: E402
 from engine.inference import checkpoint_identity, claim_folder, is_finished, write_predictions  # noqa: E402
 from engine.launch import run_script  # noqa: E402
@@ -111,13 +111,6 @@ def take_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the key=value pairs, the other arguments); what exists as a file is none."""
     pairs = [item for item in argv if "=" in item and not item.startswith("-") and not Path(item).exists()]
     return pairs, [item for item in argv if item not in pairs]
-
-
-def pick_device(name: str) -> torch.device:
-    """Raises UserError where there is no such device."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible; use --device cpu")
-    return torch.device(name)
 
 
 def given_labels(text: str, classes: Sequence[str]) -> torch.Tensor:

@@ -91,12 +91,17 @@ def voc_palette() -> np.ndarray:
     return palette
 
 
-def write_label_png(path: str | Path, label_map: np.ndarray) -> None:
-    """Write ids uint8 (H, W) as a palette PNG in the VOC colours; makes the folder."""
+def label_image(label_map: np.ndarray) -> Image.Image:
+    """Ids uint8 (H, W) as a palette image in the VOC colours."""
     image = Image.fromarray(np.ascontiguousarray(label_map, dtype=np.uint8))
     image.putpalette(voc_palette().tobytes())
+    return image
+
+
+def write_label_png(path: str | Path, label_map: np.ndarray) -> None:
+    """Write ids uint8 (H, W) as a palette PNG in the VOC colours; makes the folder."""
     with replacing(path) as part:
-        image.save(part, "PNG")
+        label_image(label_map).save(part, "PNG")
 
 
 def colorize(label_map: np.ndarray) -> np.ndarray:
