@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -76,7 +77,7 @@ def write_predictions(
         for item in loader:
             if isinstance(item, Unreadable):
                 failed.append(item)
-                tqdm.write(item.reason)
+                tqdm.write(item.reason, file=sys.stderr)
                 bar.update()
             else:
                 yield item

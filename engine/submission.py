@@ -38,7 +38,8 @@ def write_archive(output: Path, masks: Path, samples: Sequence[Sample], competit
             gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
             tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
         ):
-            for sample in tqdm(sorted(samples), "pack", unit="image", dynamic_ncols=True):
+            by_name = sorted(samples, key=lambda sample: sample.name)
+            for sample in tqdm(by_name, "pack", unit="image", dynamic_ncols=True):
                 ids = read_mask(masks / f"{sample.name}.png", sample.image)
                 member = f"{folder}/{sample.name}.png"
                 sizes[member] = ids.shape[::-1]
@@ -76,14 +77,17 @@ def read_mask(path: Path, image: Path) -> np.ndarray:
 
 def check_archive(path: Path, sizes: dict[str, tuple[int, int]]) -> None:
     """Reads an archive back. Raises UserError unless it has these members alone, palette PNGs of these (W, H)."""
-    with tarfile.open(path, "r:gz") as archive:
-        members = archive.getmembers()
-        if [member.name for member in members] != list(sizes):
-            raise UserError(f"{path}: the archive's members are not those that were written; is the disk full?")
-        for member in members:
-            with Image.open(archive.extractfile(member)) as image:
-                if image.mode != "P" or image.size != sizes[member.name] or image.getextrema()[1] > len(CLASSES):
-                    raise UserError(f"{path}: {member.name} came back other than it was written")
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            members = archive.getmembers()
+            if [member.name for member in members] != list(sizes):
+                raise UserError(f"{path}: the archive's members are not those that were written")
+            for member in members:
+                with Image.open(archive.extractfile(member)) as image:
+                    if image.mode != "P" or image.size != sizes[member.name] or image.getextrema()[1] > len(CLASSES):
+                        raise UserError(f"{path}: {member.name} came back other than it was written")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{path}: the archive cannot be read back ({error}); is the disk full?") from None
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -142,7 +142,7 @@ def least_side(plan: Plan) -> int:
 
 def main(argv: list[str]) -> None:
     pairs, rest = take_settings(argv)
-    options = _parser().parse_args(rest)
+    options = _parser().parse_intermixed_args(rest)
     inputs = [line for text in options.inputs for line in (_stdin_lines() if text == "-" else [text])]
     found = find_images(inputs, options.output)
     device = pick_device(options.device)
