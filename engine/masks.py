@@ -1,6 +1,5 @@
-"""Pseudo masks for the second stage: ids with 255 where unsure, and the dictionaries irn (CVPR 2019) reads."""
+"""Pseudo masks for the second stage: ids with 255 where unsure, and the dictionaries of irn (Ahn et al., CVPR 2019)."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ def confident_ids(
 
     maps: (K, H, W) in [0, 1]. present: bool (K,). image: uint8 (H, W, 3). With high == low and no CRF nothing is 255.
     crf: settings of `dense_crf`, which refines the labels of either threshold by itself; a pixel is a class only if it
-    is one at `high`, and background only if it is at both (Ahn et al., CVPR 2019, section 4.2, and its released code).
+    is one at `high`, and background only if it is at both (irn's cam_to_ir_label).
     """
     ids = [threshold(maps, present, value) for value in (high, low)]
     if crf is not None:
@@ -47,22 +46,21 @@ def save_irn(path: Path, maps: Tensor, present: Tensor) -> None:
         np.save(file, {"keys": keys, "cam": strided.clone(), "high_res": maps.numpy()}, allow_pickle=True)
 
 
-def load_irn(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(keys (C,), high_res (C, H, W)) of a file of `save_irn`; it runs what the file says, so only for our own."""
+def irn_ids(path: Path, bkg: float) -> np.ndarray:
+    """Ids uint8 (H, W) of a file of `save_irn`: the largest map's class, 0 where it is <= bkg.
+
+    Reading such a file runs what it says, so it is for our own alone.
+    """
     content = np.load(path, allow_pickle=True).item()
-    return np.asarray(content["keys"]), content["high_res"]
+    maps = torch.from_numpy(content["high_res"])
+    ids = threshold(maps, torch.ones(len(maps), dtype=torch.bool), bkg)
+    return np.array([0, *(content["keys"] + 1)], np.uint8)[ids]
 
 
 def check_thresholds(high: float, low: float) -> None:
     """Raises UserError unless 0 <= low <= high <= 1."""
     if not 0 <= low <= high <= 1:
         raise UserError(f"high = {high}, low = {low}: expected 0 <= low <= high <= 1")
-
-
-def winning_ids(keys: Sequence[int], maps: np.ndarray, bkg: float) -> np.ndarray:
-    """Ids uint8 (H, W) of maps (C, H, W) of the classes keys (from 0): the largest one's, 0 where it is <= bkg."""
-    scores = np.concatenate([np.full((1, *maps.shape[1:]), bkg, np.float32), maps])
-    return np.array([0, *(key + 1 for key in keys)], np.uint8)[scores.argmax(0)]
 
 
 def _refined(ids: Tensor, present: Tensor, image: np.ndarray, crf: dict) -> Tensor:

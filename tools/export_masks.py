@@ -31,7 +31,7 @@ from engine.evaluate import check_classes  # noqa: E402
 from engine.inference import checkpoint_identity, claim_folder, is_finished, write_predictions  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from engine.loading import find_checkpoint, open_checkpoint  # noqa: E402
-from engine.masks import check_thresholds, confident_ids, load_irn, save_irn, winning_ids  # noqa: E402
+from engine.masks import check_thresholds, confident_ids, irn_ids, save_irn  # noqa: E402
 from engine.predict import Plan, Prediction, evaluation_plan  # noqa: E402
 from engine.results import summary_line, title  # noqa: E402
 from utils.errors import UserError  # noqa: E402
@@ -71,7 +71,7 @@ class Rule:
 
     def read(self, path: Path, num_ids: int) -> np.ndarray:
         """The ids of a written file; those of a dictionary at evaluate.bkg."""
-        return winning_ids(*load_irn(path), self.bkg) if self.format == "npy" else read_label_map(path, num_ids)
+        return irn_ids(path, self.bkg) if self.format == "npy" else read_label_map(path, num_ids)
 
     def details(self) -> str:
         return f"background {self.bkg:g}" if self.format == "npy" else f"sure above {self.high:g}, below {self.low:g}"
