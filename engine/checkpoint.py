@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.backbones.vit import check_keys
+from model.backbones.start_weights import check_keys
 from utils.errors import UserError
 from utils.files import replacing
 

@@ -1,6 +1,8 @@
 """Processes of one run: who this one is, and sums over all of them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -73,6 +75,16 @@ def is_main() -> bool:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The first process goes through the block before the others enter it; where it fails, the launcher ends them."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

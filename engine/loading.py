@@ -19,9 +19,11 @@ from engine.checkpoint import classifier_rows, load_weights, read_meta
 from engine.evaluate import check_classes, run_folder
 from model import build_method
 from utils.config import load_config, load_settings
+from utils.download import fetch, registry
 from utils.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")   # owner/name
+ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")   # of files: what ends so is no name on the Hub
 DEFAULTS = {80: "more_coco"}   # by the number of classes, for a file that does not say what it is; else:
 DEFAULT = "more_voc"
 
@@ -50,20 +52,23 @@ def open_checkpoint(path: str, overrides: Sequence[str] = (), config: str | None
 
 
 def find_checkpoint(path: str) -> str:
-    """The weights file that `path` means: a file, a folder as it is released or shared, or `owner/name` on the Hub.
+    """The weights file that `path` means.
 
-    Raises UserError where there is none.
+    path: a file; a folder that is released or shared; a name of weights/registry.yaml; `owner/name` on the Hub. The
+    last two are downloaded where they are not here yet. Raises UserError where there is none.
     """
     if Path(path).is_dir():
-        file = Path(path) / SAFETENSORS_SINGLE_FILE
-        if not file.is_file():
-            raise UserError(f"{path}: no {SAFETENSORS_SINGLE_FILE} in it; of a run, give a file of checkpoints/")
-        return str(file)
-    if not Path(path).is_file() and HUB_ID.fullmatch(path) and not Path(path).suffix:
-        return _from_hub(path)
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    return path
+        return _in_folder(Path(path))
+    if Path(path).is_file():
+        return path
+    entry = registry().get(path)
+    if entry is not None and entry.kind != "checkpoint":
+        raise UserError(f"{path}: names {entry.kind} of weights/registry.yaml, no checkpoint")
+    if entry is not None:
+        return str(fetch(path))
+    if HUB_ID.fullmatch(path) and Path(path).suffix not in ENDINGS:
+        return from_hub(path)
+    raise UserError(f"{path}: no such checkpoint")
 
 
 def checkpoint_config(
@@ -94,12 +99,22 @@ def checkpoint_classes(file: str, config: DictConfig) -> tuple[str, ...]:
     return classes
 
 
-def _from_hub(name: str) -> str:
+def from_hub(name: str, **how) -> str:
+    """The weights file of `owner/name` on the Hub, from its cache if it is there. how: for hf_hub_download."""
     try:
-        return hf_hub_download(name, SAFETENSORS_SINGLE_FILE)
-    except Exception as error:   # its own, those of the connection and of the file system
-        raise UserError(f"{name}: no such file, and not to be had from the Hub ({_first_line(error)})") from None
+        return hf_hub_download(name, SAFETENSORS_SINGLE_FILE, **how)
+    except Exception as error:   # its own, those of its HTTP client and of the file system
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{name}: no such checkpoint here, and the Hub does not give it: {reason}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _in_folder(folder: Path) -> str:
+    """The weights file of a folder: as the Hub names it, else the only one."""
+    files = sorted(folder.glob("*.safetensors"))
+    shared = folder / SAFETENSORS_SINGLE_FILE
+    if shared in files:
+        return str(shared)
+    if len(files) != 1:
+        found = f"{len(files)} .safetensors files" if files else "no .safetensors file"
+        raise UserError(f"{folder}: {found} in this folder; give the weights file itself (of a run, in checkpoints/)")
+    return str(files[0])

@@ -18,14 +18,12 @@ from engine.evaluate import check_classes, validate
 from engine.optimizer import build_optimizer, set_lr
 from engine.pictures import training_picture
 from engine.sampler import GlobalBatches
+from engine.weights import RANDOM, TIMM, start_weights
 from model import build_method
 from utils.batch import Batch
 from utils.config import portable, save_provenance
 from utils.errors import UserError
 from utils.log import MetricsWriter, setup_logger
-
-ROOT = Path(__file__).resolve().parents[1]
-RANDOM = "random"
 
 
 class Trainer:
@@ -92,7 +90,7 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
     resumed = checkpoint.load_state(checkpoints, method, trainer.optimizer) if config.resume == "auto" else None
     if resumed is None:
         best = -math.inf
-        _start_weights(method, config.model.weights)
+        _start(method, config.model)
     else:
         check_classes(checkpoints / checkpoint.WEIGHTS.format(resumed), train_set.classes)
         trainer.iteration, best = resumed, checkpoint.best_score(checkpoints)
@@ -145,23 +143,16 @@ def train(config: DictConfig, ranks: Ranks) -> Path:
     return folder
 
 
-def _start_weights(method: nn.Module, path: str | None) -> None:
-    if path is None:
-        raise UserError(
-            "model.weights is not set: give the file of the backbone's start weights (for ViT-B/16 the ImageNet "
-            f"weights jx_vit_base_p16_224-80ecf9dd.pth), or model.weights={RANDOM}"
-        )
-    if path != RANDOM:
+def _start(method: nn.Module, model: DictConfig) -> None:
+    weights = start_weights(model.weights, model)
+    if weights is not None:
         try:
-            method.load_start_weights(checkpoint.read_tensors(_found(path)))
+            method.load_start_weights(weights)
         except UserError as error:
-            raise UserError(f"model.weights={path}: {error}") from None
-
-
-def _found(path: str) -> Path:
-    """A path as given, else from the project's folder, where its configs name the weights it ships."""
-    shipped = ROOT / path
-    return shipped if shipped.is_file() and not Path(path).is_file() else Path(path)
+            raise UserError(
+                f"model.weights={model.weights} do not fit model.backbone={model.backbone}: {error}; give others, or "
+                f"model.weights={TIMM} or {RANDOM}"
+            ) from None
 
 
 def _loader(train_set, config: DictConfig, ranks: Ranks, start: int) -> DataLoader:

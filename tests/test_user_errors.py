@@ -103,6 +103,13 @@ def test_config(tiny_voc, tmp_path, override, words):
     assert_one_line(tiny.train(tiny_voc, tmp_path / "runs", override), *words)
 
 
+def test_start_weights_that_cannot_be_fetched(tiny_voc, tmp_path, monkeypatch):
+    monkeypatch.setenv("WSSS_OFFLINE", "1")
+    monkeypatch.setenv("WSSS_DOWNLOADS", str(tmp_path / "downloads"))
+    done = tiny.train(tiny_voc, tmp_path / "runs", "model.weights=vit_base_imagenet", count=2)
+    assert_one_line(done, "vit_base_imagenet", "offline", "jx_vit_base_p16_224-80ecf9dd.pth", tmp_path / "downloads")
+
+
 def test_a_batch_that_cannot_be_shared(tiny_voc, tmp_path):
     assert_one_line(tiny.train(tiny_voc, tmp_path / "runs", "train.batch_size=3", count=2), "train.batch_size=3", "2")
 

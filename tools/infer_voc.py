@@ -4,6 +4,8 @@ Started by run_evaluate_voc.sh under torchrun. The config is the one named, else
 checkpoint's run, else that in the weights file, else more_voc; key=value goes on top.
 """
 
+from pathlib import Path
+
 from datasets import build_val_set
 from engine.checkpoint import load_weights
 from engine.distributed import cleanup, setup
@@ -27,16 +29,28 @@ def main(argv: list[str], default: str = "more_voc", settings: tuple[str, ...] =
     load_weights(weights, method)
     if ranks.rank == 0:
         print(f"checkpoint {weights}, config {name}", flush=True)
-    evaluate(method.to(ranks.device), dataset, config, ranks, weights, run_folder(weights) / "results.json")
+    evaluate(method.to(ranks.device), dataset, config, ranks, weights, results_folder(argv, weights) / "results.json")
     cleanup()
 
 
+def results_folder(argv: list[str], weights: str) -> Path:
+    """The run of the weights; this folder where they were given by a name, and so lie among other downloads."""
+    return run_folder(weights) if Path(_checkpoints(argv)[-1]).exists() else Path()
+
+
 def split_checkpoint(argv: list[str]) -> tuple[str, list[str]]:
-    """Takes checkpoint=PATH out of the arguments. Raises UserError where it, or its file, is not there."""
-    paths = [item.removeprefix("checkpoint=") for item in argv if item.startswith("checkpoint=")]
+    """Takes checkpoint=PATH out of the arguments: the weights file it means (`find_checkpoint`), the other arguments.
+
+    Raises UserError where it, or its file, is not there.
+    """
+    paths = _checkpoints(argv)
     if not paths or not paths[-1]:
         raise UserError("no checkpoint given: add checkpoint=PATH, a weights file of a run or an official one")
     return find_checkpoint(paths[-1]), [item for item in argv if not item.startswith("checkpoint=")]
+
+
+def _checkpoints(argv: list[str]) -> list[str]:
+    return [item.removeprefix("checkpoint=") for item in argv if item.startswith("checkpoint=")]
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from typing import NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from model.backbones.mlp import RecomputingMlp
+from model.backbones.start_weights import read_start_weights
 from utils.errors import UserError
-
-HEADS = ("head.", "head_dist.", "pre_logits.", "fc_norm.")   # what only the image classifier uses
 
 
 class ViTFeatures(NamedTuple):
@@ -28,7 +28,7 @@ class MultiClassTokenViT(nn.Module):
     name, args: a timm VisionTransformer and its keyword arguments.
     num_classes: K, without background. registers: R.
     aux_block: index of the block whose un-normalised output is the auxiliary map (-3 in MoRe).
-    Raises UserError where `name` is not a plain ViT with a class token and a position table.
+    Raises UserError where `name` is not a plain ViT with a class token and a position table, saying why.
     """
 
     def __init__(self, name: str, args: dict, num_classes: int, registers: int = 4, aux_block: int = -3) -> None:
@@ -40,9 +40,10 @@ class MultiClassTokenViT(nn.Module):
         self.num_classes, self.registers, self.aux_block = num_classes, registers, aux_block % depth
         self.embed_dim, self.grid_size = vit.embed_dim, tuple(vit.patch_embed.grid_size)
         self.patch_size = tuple(vit.patch_embed.patch_size)
-        self.patch_embed, self.norm_pre, self.blocks, self.norm = vit.patch_embed, vit.norm_pre, vit.blocks, vit.norm
+        self.patch_embed, self.norm_pre, self.blocks = vit.patch_embed, vit.norm_pre, vit.blocks
+        self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
         for block in self.blocks:
-            if RecomputingMlp.fits(block.mlp):
+            if RecomputingMlp.fits(getattr(block, "mlp", None)):
                 block.mlp = RecomputingMlp(block.mlp.fc1, block.mlp.fc2)
         self.tokens = nn.Parameter(torch.zeros(1, registers + num_classes, self.embed_dim))
         self.token_pos = nn.Parameter(torch.zeros(1, registers + num_classes, self.embed_dim))
@@ -51,25 +52,26 @@ class MultiClassTokenViT(nn.Module):
 
     @torch.no_grad()
     def load_start_weights(self, weights: dict[str, Tensor]) -> None:
-        """Starts from an image classifier's weights, under timm's names (classifier heads are left out).
+        """Starts from an image model's weights, under timm's names (`read_start_weights`).
 
-        The class token and its position are repeated to all tokens, then the registers are redrawn from a
-        truncated normal with std 1; patch positions are resized bicubically to this model's grid.
+        The class token and its position are repeated to all class tokens and registers. Registers that the weights
+        have are the first of ours; the others are redrawn from a truncated normal with std 1. Patch positions are
+        resized bicubically to this model's grid.
         Raises UserError naming the first missing, unexpected or misshaped key.
         """
-        weights = {k: v for k, v in weights.items() if not k.startswith(HEADS)}
-        own = {k: v for k, v in self.state_dict().items() if k not in ("tokens", "token_pos", "patch_pos")}
-        expected = {k: v.shape for k, v in own.items()} | {"cls_token": (1, 1, self.embed_dim), "pos_embed": None}
-        check_keys(weights, expected, "start weights")
-        self.load_state_dict({k: weights[k] for k in own}, strict=False)
-        self.tokens.copy_(weights["cls_token"].expand_as(self.tokens))
-        if self.registers:
-            nn.init.trunc_normal_(self.tokens[:, : self.registers], std=1.0)
-        position = weights["pos_embed"].float()
-        self.token_pos.copy_(position[:, :1].expand_as(self.token_pos))
-        side = int((position.shape[1] - 1) ** 0.5)
-        patches = position[:, 1 : 1 + side * side].transpose(1, 2).unflatten(2, (side, side))
-        if (side, side) != self.grid_size:
+        layers = {k: v.shape for k, v in self.state_dict().items() if k not in ("tokens", "token_pos", "patch_pos")}
+        start = read_start_weights(weights, layers, self.embed_dim, self.grid_size)
+        given = start.registers.shape[1]
+        if given > self.registers:
+            raise UserError(f"start weights: 'reg_token' holds {given} registers: give model.registers={given} or more")
+        self.load_state_dict(start.layers, strict=False)
+        self.tokens.copy_(start.class_token.expand_as(self.tokens))
+        self.token_pos.copy_(start.class_pos.expand_as(self.token_pos))
+        self.tokens[:, :given], self.token_pos[:, :given] = start.registers, start.register_pos
+        if given < self.registers:
+            nn.init.trunc_normal_(self.tokens[:, given : self.registers], std=1.0)
+        patches = start.patch_pos
+        if tuple(patches.shape[-2:]) != self.grid_size:
             patches = F.interpolate(patches, self.grid_size, mode="bicubic", align_corners=False)
         self.patch_pos.copy_(patches.flatten(2).transpose(1, 2))
 
@@ -100,30 +102,31 @@ class MultiClassTokenViT(nn.Module):
         return ViTFeatures(x[:, self.registers : prefix], _as_map(x[:, prefix:], h, w), aux)
 
 
-def check_keys(weights: dict[str, Tensor], expected: dict, what: str) -> None:
-    """Raises UserError naming the first key of `weights` that is missing, unexpected or of another shape.
-
-    expected: key -> shape, or None where any shape will do.
-    """
-    missing, extra = [k for k in expected if k not in weights], [k for k in weights if k not in expected]
-    if missing:
-        raise UserError(f"{what}: key {missing[0]!r} is missing ({len(missing)} missing in all)")
-    if extra:
-        raise UserError(f"{what}: key {extra[0]!r} is not expected ({len(extra)} unexpected in all)")
-    for key, shape in expected.items():
-        if shape is not None and tuple(weights[key].shape) != tuple(shape):
-            raise UserError(f"{what}: {key!r} has shape {tuple(weights[key].shape)}, expected {tuple(shape)}")
-
-
 def _plain_vit(name: str, args: dict) -> VisionTransformer:
     try:
         vit = timm.create_model(name, pretrained=False, num_classes=0, **args)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"model.backbone={name}, model.backbone_args={args}: {error}") from None
-    plain = isinstance(vit, VisionTransformer) and vit.cls_token is not None and vit.pos_embed is not None
-    if not plain or vit.reg_token is not None or vit.no_embed_class:
-        raise UserError(f"model.backbone={name}: not a plain ViT with one class token and a position table")
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error) or "timm cannot build it"
+        raise UserError(f"model.backbone={name}, model.backbone_args={args}: {reason}") from None
+    reason = _not_plain(vit)
+    if reason:
+        raise UserError(f"model.backbone={name}: not a plain ViT with one class token and a position table: {reason}")
     return vit
+
+
+def _not_plain(vit: nn.Module) -> str | None:
+    """Why a network of timm's cannot be taken, None where it can."""
+    if not isinstance(vit, VisionTransformer):
+        return f"timm makes it as a {type(vit).__name__}"
+    if vit.cls_token is None:
+        return "it has no class token"
+    if hasattr(vit, "dist_token"):
+        return "it has a distillation token"
+    if vit.pos_embed is None:
+        return "it has no position table"
+    if type(vit.patch_embed) is not PatchEmbed:
+        return f"its patches come from a {type(vit.patch_embed).__name__}, not from one convolution"
+    return None
 
 
 def _as_map(tokens: Tensor, h: int, w: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from model.backbones.vit import check_keys
+from model.backbones.start_weights import check_keys
 
 # official prefix -> ours; the encoder's tokens and positions are apart, below
 PREFIXES = {

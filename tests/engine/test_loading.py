@@ -89,21 +89,44 @@ def test_a_released_file_of_other_classes_is_told_them(tmp_path):
 
 
 def test_folders(tmp_path):
-    save(tmp_path / "shared" / "model.safetensors")
-    assert find_checkpoint(str(tmp_path / "shared")) == str(tmp_path / "shared" / "model.safetensors")
-    with pytest.raises(UserError, match=r"no model\.safetensors in it; of a run, give a file of checkpoints/"):
+    """The file as the Hub names it, else the only one."""
+    folder = tmp_path / "shared"
+    save(folder / "more.safetensors")
+    assert find_checkpoint(str(folder)) == str(folder / "more.safetensors")
+    save(folder / "other.safetensors")
+    with pytest.raises(UserError, match=r"shared: 2 \.safetensors files in this folder; give the weights file itself"):
+        find_checkpoint(str(folder))
+    save(folder / "model.safetensors")
+    assert find_checkpoint(str(folder)) == str(folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"no \.safetensors file in this folder; .*of a run, in checkpoints/"):
         find_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize("path", ["nowhere.pth", "runs/x/checkpoints/best.weights.safetensors", "runs/w.safetensors"])
+@pytest.mark.parametrize(
+    "path", ["nowhere.pth", "runs/x/checkpoints/best.weights.safetensors", "runs/w.safetensors", "no_such_name"]
+)
 def test_what_is_not_there_is_named(path):
     with pytest.raises(UserError, match=f"{path}: no such checkpoint"):
         open_checkpoint(path)
 
 
+def test_names_of_the_registry(tmp_path, monkeypatch):
+    """A checkpoint's row is fetched, here from the folder of downloads; rows of other things are refused."""
+    monkeypatch.setenv("WSSS_DOWNLOADS", str(tmp_path))
+    monkeypatch.setenv("WSSS_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"put more_voc_official\.pth .*there"):
+        open_checkpoint("more_voc_official")
+    with pytest.raises(UserError, match="vit_base_imagenet: names start_weights of weights/registry.yaml"):
+        open_checkpoint("vit_base_imagenet")
+    method, _ = make(20)
+    weights = {key: torch.randn(shape) for key, shape in official_shapes(method.network.state_dict()).items()}
+    torch.save(weights, tmp_path / "more_voc_official.pth")
+    assert open_checkpoint("more_voc_official", SMALL).classes == voc.CLASSES
+
+
 def test_the_hub_is_asked_for_an_id(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="somebody/some-model: no such file, and not to be had from the Hub"):
+    with pytest.raises(UserError, match="somebody/some-model: no such checkpoint here, and the Hub does not give it: "):
         open_checkpoint("somebody/some-model")
 
 

@@ -85,10 +85,124 @@ def test_faults_of_start_weights_are_named(vit):
             vit.load_start_weights(broken)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "no_such_model", "swin_tiny_patch4_window7_224", "flexivit_small"])
-def test_other_networks_are_refused(name):
-    with pytest.raises(UserError, match=name):
-        MultiClassTokenViT(name, {}, K)
+# a model of each family, with what makes it small, and the registers it brings
+TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
+FAMILIES = {
+    "vit_base_patch14_dinov2": ({"img_size": 70}, 0),          # layer scale
+    "vit_base_patch14_reg4_dinov2": ({"img_size": 70}, 4),     # no position for the tokens
+    "deit3_base_patch16_224": ({"img_size": 64}, 0),           # layer scale, no position for the class token
+    "vit_base_patch16_clip_224": ({"img_size": 64}, 0),        # a norm before the blocks, patches without bias
+    "vit_base_patch16_clip_quickgelu_224": ({"img_size": 64}, 0),
+    "vit_large_patch14_clip_224": ({"img_size": 56}, 0),
+    "vit_base_patch16_224": ({"img_size": 64}, 0),             # AugReg, DINO, MAE
+    "deit_base_patch16_224": ({"img_size": 64}, 0),
+    "eva_large_patch14_196": ({"img_size": 56}, 0),            # normalises after pooling
+    "beit3_base_patch16_224": ({"img_size": 64}, 0),           # norms within the blocks
+    "flexivit_small": ({"img_size": 64}, 0),
+    "vit_base_patch16_18x2_224": ({"img_size": 64}, 0),        # parallel blocks
+    "vit_base_patch16_xp_224": ({"img_size": 64}, 0),
+    "vit_base_patch16_radio_v3": ({"img_size": 64}, 7),        # no final norm
+    "vit_tiny_patch16_224": ({"img_size": (32, 64), "patch_size": 8}, 0),
+}
+
+
+def drawn(model):
+    """The model with every weight drawn at random: none stays at its 0 or 1."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_timms_network_with_its_tokens(name):
+    args, registers = FAMILIES[name]
+    args = {**TINY, **args}
+    model = drawn(timm.create_model(name, pretrained=False, num_classes=10, **args))
+    ours = MultiClassTokenViT(name, args, 1, registers, -1).eval()
+    ours.load_start_weights(model.state_dict())
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    with torch.no_grad():
+        theirs, features = model.fc_norm(model.forward_features(images)), ours(images)
+    patches = features.patches.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(features.class_tokens, theirs[:, :1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(patches, theirs[:, 1 + registers :], rtol=1e-5, atol=1e-5)
+    assert patches.std() > 0.1
+
+
+def test_registers_that_the_weights_have_are_the_first():
+    name, args = "vit_base_patch14_reg4_dinov2", {**TINY, "img_size": 70}
+    weights = drawn(timm.create_model(name, pretrained=False, num_classes=0, **args)).state_dict()
+    ours = MultiClassTokenViT(name, args, K, 6)
+    ours.load_start_weights(weights)
+    assert torch.equal(ours.tokens[:, :4], weights["reg_token"])
+    assert torch.equal(ours.tokens[:, 6:], weights["cls_token"].expand(1, K, -1))
+    assert 0.5 < ours.tokens[:, 4:6].std() < 1.5 and not ours.token_pos.any()
+    with pytest.raises(UserError, match=r"'reg_token' holds 4 registers: give model\.registers=4 or more"):
+        MultiClassTokenViT(name, args, K, 2)
+
+
+def test_names_of_the_authors_files():
+    """DINOv2's own file: another name for the registers, a mask token, a position for the class token alone."""
+    name, args = "vit_base_patch14_reg4_dinov2", {**TINY, "img_size": 70}
+    weights = drawn(timm.create_model(name, pretrained=False, num_classes=0, **args)).state_dict()
+    ours, same = MultiClassTokenViT(name, args, K), MultiClassTokenViT(name, args, K)
+    ours.load_start_weights(weights)
+    file = {**weights, "register_tokens": weights["reg_token"], "mask_token": torch.zeros(1, 48)}
+    file["pos_embed"] = torch.cat([torch.full((1, 1, 48), 0.5), weights["pos_embed"]], dim=1)
+    del file["reg_token"]
+    same.load_start_weights(file)
+    assert (same.token_pos[:, 4:] == 0.5).all() and not same.token_pos[:, :4].any()
+    assert torch.equal(same.patch_pos, ours.patch_pos) and torch.equal(same.tokens, ours.tokens)
+
+
+def test_a_norm_after_pooling_becomes_the_final_norm(vit):
+    weights = classifier(global_pool="avg").state_dict()
+    vit.load_start_weights(weights)
+    assert "norm.weight" not in weights and torch.equal(vit.norm.bias, weights["fc_norm.bias"])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda w: w.update(dist_token=w["cls_token"]), "'dist_token': the distillation token has no counterpart"),
+        (lambda w: w.update(pos_embed=torch.zeros(1, 68, 32)), "'pos_embed' has 68 entries: no square"),
+        (lambda w: w.update(pos_embed=torch.zeros(64, 32)), r"'pos_embed' has shape \(64, 32\), expected \(1, n, 32\)"),
+        (lambda w: w.update(reg_token=torch.zeros(1, 2, 31)), r"'reg_token' has shape \(1, 2, 31\)"),
+        (lambda w: w.update({"blocks.0.ls1.gamma": torch.zeros(32)}), "'blocks.0.ls1.gamma' is not expected"),
+        (lambda w: w.update({"patch_embed.proj.weight": torch.zeros(32, 3, 14, 14)}), "'patch_embed.proj.weight' has"),
+        (lambda w: w.pop("pos_embed"), "'pos_embed' is missing"),
+    ],
+)
+def test_weights_of_another_form_are_refused(vit, change, words):
+    weights = classifier().state_dict()
+    change(weights)
+    with pytest.raises(UserError, match="start weights: .*" + words):
+        vit.load_start_weights(weights)
+
+
+@pytest.mark.parametrize(
+    "name, args, reason",
+    [
+        ("resnet18", {}, "timm makes it as a ResNet"),
+        ("no_such_model", {}, "Unknown model"),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "num_heads": (2, 2)}, "timm makes it as a SwinTransformer"),
+        ("vit_small_patch16_dinov3", {"depth": 1}, "timm makes it as a Eva"),
+        ("test_vit2", {}, "it has no class token"),
+        ("deit_tiny_distilled_patch16_224", {"depth": 1}, "it has a distillation token"),
+        ("vit_tiny_r_s16_p8_224", {"depth": 1}, "its patches come from a HybridEmbed"),
+        ("vit_tiny_patch16_224", {"depth": 1, "pos_embed": "none"}, "it has no position table"),
+    ],
+)
+def test_other_networks_are_refused(name, args, reason):
+    with pytest.raises(UserError, match=f"{name}.*{reason}"):
+        MultiClassTokenViT(name, args, K)
+
+
+def test_arguments_that_timm_does_not_take():
+    with pytest.raises(UserError, match="backbone_args={'num_heads': 5}: "):
+        MultiClassTokenViT(NAME, {"num_heads": 5}, K)
 
 
 def test_a_block_that_does_not_exist():

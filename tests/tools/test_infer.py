@@ -1,9 +1,11 @@
 """The evaluation tools' arguments; whole runs are in tests/test_end_to_end*.py."""
 
+from pathlib import Path
+
 import pytest
 
 from engine.results import append_results
-from tools.infer_voc import split_checkpoint
+from tools.infer_voc import results_folder, split_checkpoint
 from utils.errors import UserError
 
 
@@ -22,6 +24,15 @@ def test_no_checkpoint(argv):
 def test_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.pth: no such checkpoint"):
         split_checkpoint([f"checkpoint={tmp_path / 'nowhere.pth'}"])
+
+
+def test_results_go_to_the_run_or_here(tmp_path):
+    path = tmp_path / "checkpoints" / "w.safetensors"
+    path.parent.mkdir()
+    path.touch()
+    assert results_folder([f"checkpoint={path}"], str(path)) == tmp_path
+    assert results_folder([f"checkpoint={path.parent}"], str(path)) == tmp_path
+    assert results_folder(["checkpoint=more_voc_official"], str(path)) == Path()
 
 
 def test_results_that_cannot_be_written(tmp_path):

@@ -1,0 +1,333 @@
+"""Puts a run into one folder to share: weights, config, results, metrics, log, model card, hashes, registry row.
+
+    python tools/release.py runs/train_voc releases/more_voc
+    python tools/release.py runs/train_voc releases/more_voc --weights iter_020000.weights.safetensors \\
+        --url https://host/more_voc --licence MIT
+
+OUT/NAME.safetensors holds the weights and, in its header, the class names and the config: the file opens by itself.
+No file names a folder of this machine. A second call gives the same files; OUT appears at the end, as a whole.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of tools/, so that the project's packages are found from any folder
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+from engine.checkpoint import BEST, read_meta, save_weights  # noqa: E402
+from engine.launch import run_script  # noqa: E402
+from engine.loading import Opened, open_checkpoint  # noqa: E402
+from engine.results import title  # noqa: E402
+from utils.config import load_config, load_settings, portable, save_config  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+
+SUMS, ROW = "SHA256SUMS", "registry_row.yaml"
+CARD = """# {name}
+
+Weakly supervised semantic segmentation, learned from image-level labels.
+
+| | |
+|---|---|
+{facts}
+
+Classes: {classes}.
+
+## Results
+
+Shares of 100, mIoU over the classes present.
+
+{results}
+
+## Use
+
+In a checkout of the project's code:
+
+```bash
+bash run_evaluate_voc.sh cpu 1 {name}.safetensors data.root=FOLDER
+```
+
+```python
+from engine.loading import open_checkpoint
+
+method, classes, config, _ = open_checkpoint("{name}.safetensors")
+```
+
+`sha256sum -c {sums}` checks the files.
+
+## Provenance
+
+{provenance}
+"""
+# /a/b, ~/a, ../a and C:\a, not a/b, 1/2 or https://host/a
+FOLDERS = re.compile(
+    r"(?<![\w/.~\\])(?:(?:~\w*)?/(?=[\w.~-])|(?<!:)//+(?=\w)|(?:\.\.[/\\])+|[A-Za-z]:\\)[^\s\"',;()\[\]{}]*"
+)
+
+
+def release(
+    run: Path, out: Path, weights: str = BEST, name: str | None = None, unfinished: bool = False,
+    url: str | None = None, page: str | None = None, licence: str | None = None,
+) -> bool:
+    """Writes the folder `out`; False where it was there already, the same. name: None for the name of `out`.
+
+    Raises UserError for a run that is not finished (unless `unfinished`) or incomplete, for an `out` that holds other
+    files, and where what was written does not open or gives other outputs than the run's weights.
+    """
+    name = name or out.resolve().name
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--name {name}: expected letters, digits, '.', '-' and '_'")
+    _check_place(out)
+    checkpoint = _checkpoint(run, weights, unfinished)
+    opened = open_checkpoint(str(checkpoint), config=str(run / "config.yaml"))
+    part = out.resolve().with_name(out.resolve().name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        _write(part, run, checkpoint, name, opened)
+        file = part / f"{name}.safetensors"
+        row = registry_row(name, file, opened, read_meta(file), url, page, licence)
+        (part / ROW).write_text(row, encoding="utf-8")
+        sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(part.iterdir())]
+        (part / SUMS).write_text("".join(sums), encoding="utf-8")
+        _verify(file, opened)
+        return _publish(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def without_folders(text: str, known: list[str]) -> str:
+    """The text with its absolute paths, and those from a home or from outside, cut down to their last part.
+
+    known: folders that may have spaces in their names.
+    """
+    text = text.replace("file://", "")
+    folders = sorted({one.rstrip("/\\") for one in known} - {""}, key=len, reverse=True)
+    if folders:
+        named = "|".join(map(re.escape, folders))
+        whole = rf"(?<![\w/.~\\-])({named})(/|(?![\w/.-]))"
+        text = re.sub(whole, lambda match: "" if match[2] else _last(match[1]), text)
+    return FOLDERS.sub(lambda match: _last(match[0]), text)
+
+
+def registry_row(
+    name: str, file: Path, opened: Opened, meta: dict, url: str | None, page: str | None, licence: str | None
+) -> str:
+    """The row of weights/registry.yaml for a released weights file, as YAML."""
+    config = opened.config
+    what = f"{config.method} on {config.data.name} {config.data.train_split}, {config.model.backbone}"
+    row = {
+        "kind": "checkpoint", "url": f"{url.rstrip('/')}/{file.name}" if url else None, "page": page or url,
+        "file": file.name, "size": file.stat().st_size, "sha256": _sha256(file), "licence": licence,
+        "what": what + (f", iteration {meta['iteration']}" if "iteration" in meta else ""),
+    }
+    return yaml.safe_dump({name: row}, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _checkpoint(run: Path, weights: str, unfinished: bool) -> Path:
+    """The weights file of the run. Raises UserError where the run is not finished, or lacks a file."""
+    for needed in ("config.yaml", "train.log", "metrics.jsonl", f"checkpoints/{weights}"):
+        if not (run / needed).is_file():
+            raise UserError(f"{run / needed}: no such file; a release is made of the folder of a run")
+    iterations = load_config(run / "config.yaml").train.iterations
+    weights_files = (run / "checkpoints").glob("iter_*.weights.safetensors")
+    done = [int(re.findall(r"\d+", path.name)[0]) for path in weights_files]
+    if not unfinished and iterations not in done:
+        raise UserError(
+            f"{run}: {max(done, default=0)} of {iterations} iterations are done; continue it with resume=auto, or "
+            "release it with --unfinished"
+        )
+    return run / "checkpoints" / weights
+
+
+def _write(part: Path, run: Path, checkpoint: Path, name: str, opened: Opened) -> None:
+    """Weights, config, results, metrics, log and card."""
+    settings = portable(opened.config)
+    noted = {"method": opened.config.method, "classes": list(opened.classes), "settings": settings}
+    known = _known_folders(run)
+    meta = {**read_meta(checkpoint), **noted}
+    save_weights(part / f"{name}.safetensors", opened.method, meta)
+    save_config(OmegaConf.create(settings), part / "config.yaml")
+    rows = [{**row, "checkpoint": f"{name}.safetensors"} for row in _results(run, checkpoint.name)]
+    texts = {
+        "results.json": json.dumps(rows, indent=1, allow_nan=False) + "\n",
+        "metrics.jsonl": (run / "metrics.jsonl").read_text(encoding="utf-8"),
+        "train.log": (run / "train.log").read_text(encoding="utf-8"),
+        "README.md": card(name, opened, meta, rows, _starts(run)),
+    }
+    for file, text in texts.items():
+        (part / file).write_text(without_folders(text, known), encoding="utf-8")
+
+
+def card(name: str, opened: Opened, meta: dict, rows: list[dict], starts: list[dict]) -> str:
+    """The model card, as Markdown. meta: of the weights' header. rows: of results.json. starts: of provenance.jsonl."""
+    config, data, train = opened.config, opened.config.data, opened.config.train
+    facts = {
+        "method": config.method,
+        "backbone": f"{config.model.backbone}, started from {config.model.weights}",
+        "data": f"{data.name} {data.train_split}, image-level labels, crops of {data.crop_size} pixels",
+        "training": f"{train.iterations} iterations, batch {train.batch_size}, rate {train.lr:g}, {train.precision}",
+        "these weights": f"iteration {meta.get('iteration', 'unknown')}, seed {config.seed}",
+    }
+    if "val" in meta:
+        facts["validation in training"] = ", ".join(f"{key} {_percent(value)}" for key, value in meta["val"].items())
+    scores = ["| mIoU | pixel accuracy | of |", "|---|---|---|"]
+    scores += [f"| {_percent(row['miou'])} | {_percent(row['pixel_accuracy'])} | {_of(row)} |" for row in rows]
+    return CARD.format(
+        name=name, facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        results="\n".join(scores) if rows else "These weights were not scored.", sums=SUMS,
+        classes=", ".join(opened.classes), provenance="\n".join(_provenance(starts)) or "Not recorded.",
+    )
+
+
+def _of(row: dict) -> str:
+    """What the scores of a row of results.json are of."""
+    predicted, background, side = row.get("predicted_from"), row.get("background"), row.get("input")
+    details = [f"predicted by the {predicted}"] if predicted else []
+    details += [f"background {background:g}"] if background is not None else []
+    return title(row, [*details, f"input {side}x{side}" if side else "native size"])
+
+
+def _provenance(starts: list[dict]) -> list[str]:
+    lines = []
+    for start in starts:
+        changed = ", with changes" if start["changed"] else ""
+        command = " ".join(["python", *start["command"][1:]])
+        versions = ", ".join(f"{package} {version}" for package, version in start["versions"].items() if version)
+        lines += [f"- {start['time']}, commit {start['commit'] or 'unknown'}{changed}, {versions}", f"  `{command}`"]
+    return lines
+
+
+def _starts(run: Path) -> list[dict]:
+    path = run / "provenance.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _results(run: Path, weights: str) -> list[dict]:
+    """The rows of results.json that are of this weights file."""
+    path = run / "results.json"
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [row for row in rows if PureWindowsPath(row["checkpoint"]).name == weights]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: no list of results ({error})") from None
+
+
+def _known_folders(run: Path) -> list[str]:
+    """Folders that the run's files may name: of its config, its commands, and of this machine."""
+    values = list(_texts(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))))
+    values += [item.partition("=")[2] for start in _starts(run) for item in start["command"]]
+    named = [value for value in values if FOLDERS.match(value)]
+    return [*named, str(run.resolve().parent), str(run.absolute().parent), str(ROOT), str(Path.home())]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
+    elif isinstance(value, str):
+        yield value
+
+
+def _verify(file: Path, opened: Opened) -> None:
+    """Raises UserError unless the released file opens, by its folder and by its header, and gives the same outputs."""
+    released = open_checkpoint(str(file))
+    meta = read_meta(file)
+    settings = load_settings(meta["settings"], str(file))
+    images = torch.randn(1, 3, opened.config.data.crop_size, opened.config.data.crop_size)
+    kinds = [kind for kind in opened.config.evaluate.maps if kind != "seg"]
+
+    def outputs(method) -> list[torch.Tensor]:
+        maps = [method.localize(images, kind, [1.0], flip=True) for kind in kinds]
+        return [method.classify(images), method.segment(images, [1.0], flip=True), *maps]
+
+    pairs = zip(outputs(opened.method), outputs(released.method), strict=True)
+    same = all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    if not same or released.classes != opened.classes or settings != released.config:
+        raise UserError(f"{file.name}: it does not give what the run's weights give, so nothing is released")
+
+
+def _check_place(out: Path) -> None:
+    """Raises UserError where `out` is anything but nothing, or an earlier release."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, expected a folder")
+    others = {path.name for path in out.iterdir()} - {SUMS, *_sums(out)} if out.exists() else None
+    if others:
+        raise UserError(f"{out}: holds {sorted(others)[0]}, which is no part of a release; give another folder")
+
+
+def _publish(part: Path, out: Path) -> bool:
+    """Gives the folder its name, in place of an earlier release; False where that is the same."""
+    if out.exists():
+        if _intact(out) and (out / SUMS).read_bytes() == (part / SUMS).read_bytes():
+            return False
+        old = part.with_name(part.name + ".old")
+        os.replace(out, old)
+        os.replace(part, out)
+        shutil.rmtree(old)
+    else:
+        os.replace(part, out)
+    return True
+
+
+def _sums(out: Path) -> dict[str, str]:
+    """The hashes of a release by file, {} where there is none."""
+    if not (out / SUMS).is_file():
+        return {}
+    return {name: digest for digest, name in map(str.split, (out / SUMS).read_text(encoding="utf-8").splitlines())}
+
+
+def _intact(out: Path) -> bool:
+    """Whether a folder is a release and its files have their hashes."""
+    sums = _sums(out)
+    return bool(sums) and all((out / name).is_file() and _sha256(out / name) == sums[name] for name in sums)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _last(path: str) -> str:
+    return PureWindowsPath(path.rstrip("/\\")).name or "."
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; an earlier release is replaced")
+    parser.add_argument("--weights", default=BEST, help="a file of RUN/checkpoints (default: %(default)s)")
+    parser.add_argument("--name", help="of the weights file and the registry's row (default: the name of OUT)")
+    parser.add_argument("--unfinished", action="store_true", help="release a run that has not done all its iterations")
+    parser.add_argument("--url", help="address the folder will have, for the registry's row")
+    parser.add_argument("--page", help="page where a person gets the file, for the registry's row (default: --url)")
+    parser.add_argument("--licence", help="licence of the weights, for the registry's row")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = vars(parse(argv))
+    changed = release(**args)
+    print(f"{args['out']}: {'released' if changed else 'released already, nothing to do'}")
+    print(f"{args['out'] / ROW} is the row for weights/registry.yaml" + ("" if args["url"] else "; it has no url yet"))
+
+
+if __name__ == "__main__":
+    run_script(main)
