@@ -16,14 +16,17 @@ bash run_train.sh scripts/train_voc.py "$devices" 1 auto demo config=more_shapes
 trained=$SECONDS
 weights=$(ls "$run"/checkpoints/iter_*.weights.safetensors | tail -n 1)
 bash run_evaluate_voc.sh "$devices" 1 "$weights" evaluate.save_overlays="$run/pictures"
+evaluated=$SECONDS
+.venv/bin/python tools/report.py "$run"
 
 cat <<END
 
-seconds     installation $installed, training $((trained - installed)), evaluation $((SECONDS - trained))
+seconds     installation $installed, training $((trained - installed)), evaluation $((evaluated - trained)), report $((SECONDS - evaluated))
 data        $root/data/shapes
 run         $run  (config.yaml, train.log, metrics.jsonl)
 weights     $weights
 scores      $run/results.json
 pictures    $run/pictures  (input, mask, CAM, LAM, segmentation side by side)
 curves      .venv/bin/python -m tensorboard.main --logdir $run/tensorboard
+report      $run/report.html  (all of it on one page: open it in a browser)
 END

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -85,6 +85,15 @@ def main_first() -> Iterator[None]:
     yield
     if is_main():
         barrier()
+
+
+def gather(value: Any) -> list:
+    """The values of all processes in the order of their ranks, on every one; they must be picklable."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

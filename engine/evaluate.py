@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from datasets import EvalItem
 from engine import checkpoint
-from engine.distributed import Ranks, all_reduce_sum, barrier, loader_workers, use_tf32
+from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
+from engine.image_scores import ImageScores, new_evaluation, write_evaluation
 from engine.inference import as_is, over_images
-from engine.pictures import evaluation_picture, save_picture
-from engine.predict import Plan, Prediction, Row, evaluation_plan, validation_plan
-from engine.results import NAMES, append_results, score_entries, summary_line, table, title
+from engine.pictures import prediction_panels, save_picture, side_by_side
+from engine.predict import Plan, Prediction, Row, evaluation_plan, row_name, validation_plan
+from engine.results import append_results, score_entries, summary_line, table, title
 from utils.errors import UserError
-from utils.images import to_uint8, write_label_png
+from utils.images import write_label_png
 from utils.metrics import Scores, confusion_matrix
 
 
@@ -41,30 +42,35 @@ def evaluate(
 
     dataset: of the split config.data.val_split, with `classes`. weights: the checkpoint's path, for the rows.
     Returns one row a label map: `map, dataset, split, images, scales, flip, crf, image_labels, predicted_from,
-    background, input, miou, pixel_accuracy, iou, checkpoint, seconds`. Scores are shares in 0..1; image_labels is None
-    for the segmentation, which uses none; background: the threshold, where there is one; input: side of the squares,
-    None for native size; seconds are those of the whole pass, which makes all rows.
+    background, input, miou, pixel_accuracy, iou, checkpoint, seconds, evaluation`. Scores are shares in 0..1;
+    image_labels is None for the segmentation, which uses none; background: the threshold, where there is one; input:
+    side of the squares, None for native size; seconds are those of the whole pass, which makes all rows; evaluation:
+    the folder, in evaluation/ beside `results`, with its confusion matrices and the scores of its images.
     """
     plan, started = evaluation_plan(config), time.perf_counter()
     images, classes = _first(dataset, config.evaluate.images), len(dataset.classes)
     folders = config.evaluate.save_labels, config.evaluate.save_overlays
     use_tf32(config.train.tf32)
     workers = loader_workers(config, ranks)
-    matrices = score(method, images, classes, plan, ranks, workers, config.evaluate.images_at_once, *folders)
+    each = ImageScores(plan.rows, config.evaluate.report_images)
+    matrices = score(method, images, classes, plan, ranks, workers, config.evaluate.images_at_once, *folders, each)
+    each.gather()
+    evaluation = gather(None if results is None or ranks.rank else new_evaluation(results.parent))[0]
     facts = {"dataset": config.data.name, "split": config.data.val_split, "images": len(images)}
     seconds, names = round(time.perf_counter() - started, 1), ("background", *dataset.classes)
     rows, tables, summary = [], [], []
     for row, matrix in matrices.items():
         scores = Scores(matrix)
-        made_of = {"checkpoint": weights, "seconds": seconds}
+        made_of = {"checkpoint": weights, "seconds": seconds, "evaluation": evaluation}
         entry = {**_settings(row, plan, facts), **score_entries(scores, names), **made_of}
-        heading = title(entry, _details(row, plan))
+        heading = title(entry)
         rows.append(entry)
         tables.append(table(scores, names, heading))
         summary.append(summary_line(scores, heading))
     if ranks.rank == 0:
         print("\n" + "\n\n".join([*tables, "\n".join(["Summary", *summary])]), flush=True)
         if results is not None:
+            write_evaluation(results.parent, evaluation, matrices, dataset.classes, each)
             append_results(results, rows)
             print(f"results: {results}", flush=True)
     barrier()
@@ -74,6 +80,7 @@ def evaluate(
 def score(
     method: nn.Module, dataset: Dataset, num_classes: int, plan: Plan, ranks: Ranks, workers: int = 0,
     batch_size: int | None = None, save_labels: str | None = None, save_overlays: str | None = None,
+    image_scores: ImageScores | None = None,
 ) -> dict[Row, np.ndarray]:
     """The confusion matrix (K+1, K+1) of every row of the plan over a whole data set, the same on all ranks.
 
@@ -83,6 +90,7 @@ def score(
     through the method together; None: 1 on a CPU, for the same reason, 8 on a GPU. While the device computes one batch,
     another thread decides labels, runs the CRF and draws.
     save_labels, save_overlays: folders of the label PNGs (FOLDER/MAP/NAME.png) and the pictures (FOLDER/NAME.png).
+    image_scores: gets every image of this process.
     """
     matrices = {row: np.zeros((num_classes + 1, num_classes + 1), np.int64) for row in plan.rows}
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
@@ -92,12 +100,17 @@ def score(
     bar = tqdm(desc="evaluate", total=len(share), disable=ranks.rank != 0, dynamic_ncols=True)
     with bar, over_images(method, loader, plan, ranks.device, _both, batch_size) as predictions:
         for item, prediction in predictions:
+            counts = {}
             for row, labels in prediction.labels.items():
-                matrices[row] += confusion_matrix(item.label_map, labels, num_classes + 1)
+                counts[row] = confusion_matrix(item.label_map, labels, num_classes + 1)
+                matrices[row] += counts[row]
                 if save_labels:
                     write_label_png(Path(save_labels) / row_name(row) / f"{item.name}.png", labels)
             if save_overlays:
-                save_picture(Path(save_overlays) / f"{item.name}.png", _picture(item, prediction))
+                picture = side_by_side(prediction_panels(item, prediction))
+                save_picture(Path(save_overlays) / f"{item.name}.png", picture)
+            if image_scores is not None:
+                image_scores.add(item, prediction, counts)
             bar.update()
     total = all_reduce_sum(torch.from_numpy(np.stack(list(matrices.values()))).to(ranks.device)).cpu().numpy()
     return dict(zip(matrices, total, strict=True))
@@ -125,11 +138,6 @@ def run_folder(path: str) -> Path:
     return folder.parent if folder.name == "checkpoints" else folder
 
 
-def row_name(row: Row) -> str:
-    """`cam`, or with CRF `cam_crf`."""
-    return row[0] + ("_crf" if row[1] else "")
-
-
 def _settings(row: Row, plan: Plan, facts: dict) -> dict:
     """The entries of a result's row that say what it is of."""
     kind, crf = row
@@ -143,25 +151,8 @@ def _settings(row: Row, plan: Plan, facts: dict) -> dict:
     return {"map": kind, **facts, **how, **more}
 
 
-def _details(row: Row, plan: Plan) -> list[str]:
-    """What a title says beyond the entries of a row."""
-    kind, crf = row
-    source = [f"predicted by the {plan.predicted}"] if plan.predicted and kind != "seg" else []
-    bkg = [f"background {plan.maps[kind].bkg:g}"] if kind != "seg" and not crf else []
-    return [*source, *bkg, "native size" if plan.base_size is None else f"input {plan.base_size}x{plan.base_size}"]
-
-
 def _both(item: EvalItem, prediction: Prediction) -> tuple[EvalItem, Prediction]:
     return item, prediction
-
-
-def _picture(item: EvalItem, prediction: Prediction) -> np.ndarray:
-    """Input, mask, heat maps, segmentation, and what the CRF made of them."""
-    present = prediction.present[:, None, None]
-    heat = {NAMES[k]: (v * present).amax(0).cpu().numpy() for k, v in prediction.maps.items() if k != "seg"}
-    drawn = {row: ids for row, ids in prediction.labels.items() if row[1] or row[0] == "seg"}
-    labels = {NAMES[kind] + (", CRF" if crf else ""): ids for (kind, crf), ids in drawn.items()}
-    return evaluation_picture(to_uint8(item.image), item.label_map, heat, labels)
 
 
 def _first(dataset: Dataset, count: int | None) -> Dataset:

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from engine.predict import evaluation_mode
+from datasets import EvalItem
+from engine.predict import Prediction, evaluation_mode
+from engine.results import NAMES
 from utils.batch import Batch
 from utils.files import replacing
 from utils.images import heatmap, overlay, to_uint8
@@ -17,26 +19,35 @@ from utils.images import heatmap, overlay, to_uint8
 SMALLEST = 192   # panels of smaller images are enlarged
 STRIP = 24       # height of the captions, pixels
 GAP = 4          # between panels
+Panels = list[tuple[str, np.ndarray]]   # caption, uint8 (H, W, 3)
 
 
-def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
-    """(caption, uint8 (H, W, 3)) panels of one size -> one picture, uint8."""
+def side_by_side(panels: Panels) -> np.ndarray:
+    """Panels of one size -> one picture, uint8."""
     factor = max(1, round(SMALLEST / min(panels[0][1].shape[:2])))
     drawn = [_with_caption(caption, panel.repeat(factor, 0).repeat(factor, 1)) for caption, panel in panels]
     gap = np.full((len(drawn[0]), GAP, 3), 255, np.uint8)
     return np.concatenate([part for panel in drawn for part in (panel, gap)][:-1], axis=1)
 
 
-def evaluation_picture(
+def image_panels(
     image: np.ndarray, truth: np.ndarray | None, maps: dict[str, np.ndarray], labels: dict[str, np.ndarray]
-) -> np.ndarray:
-    """Input, mask (where given), heat maps (H, W) in [0, 1] by caption, label maps (H, W) by caption, side by side."""
+) -> Panels:
+    """Input, mask (where given), heat maps (H, W) in [0, 1] by caption, label maps (H, W) by caption."""
     panels = [("input", image)]
     if truth is not None:
         panels.append(("mask", overlay(image, truth)))
     panels += [(caption, heatmap(values, image)) for caption, values in maps.items()]
-    panels += [(caption, overlay(image, label_map)) for caption, label_map in labels.items()]
-    return side_by_side(panels)
+    return panels + [(caption, overlay(image, label_map)) for caption, label_map in labels.items()]
+
+
+def prediction_panels(item: EvalItem, prediction: Prediction) -> Panels:
+    """Input, mask, heat maps of the present classes, segmentation, and what the CRF made of them."""
+    present = prediction.present[:, None, None]
+    heat = {NAMES[k]: (v * present).amax(0).cpu().numpy() for k, v in prediction.maps.items() if k != "seg"}
+    drawn = {row: ids for row, ids in prediction.labels.items() if row[1] or row[0] == "seg"}
+    labels = {NAMES[kind] + (", CRF" if crf else ""): ids for (kind, crf), ids in drawn.items()}
+    return image_panels(to_uint8(item.image), item.label_map, heat, labels)
 
 
 @torch.no_grad()
@@ -53,7 +64,7 @@ def training_picture(method: nn.Module, batch: Batch, classes: Sequence[str], co
     for i, image in enumerate(images):
         heat = {kind.upper(): values[i].amax(0).cpu().numpy() for kind, values in maps.items()}
         seg = segmentation[i].byte().cpu().numpy()
-        row = evaluation_picture(to_uint8(image), None, heat, {"segmentation": seg})
+        row = side_by_side(image_panels(to_uint8(image), None, heat, {"segmentation": seg}))
         present = ", ".join(name for name, label in zip(classes, labels[i].tolist(), strict=True) if label)
         rows.append(np.concatenate([row, _strip(present or "no label", row.shape[1])]))
     return np.concatenate(rows)

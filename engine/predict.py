@@ -68,6 +68,11 @@ class Prediction(NamedTuple):
     class_logits: Tensor | None = None
 
 
+def row_name(row: Row) -> str:
+    """`cam`, or with CRF `cam_crf`."""
+    return row[0] + ("_crf" if row[1] else "")
+
+
 def evaluation_plan(config: DictConfig) -> Plan:
     """The plan of the tools: sections `evaluate` and `crf`. Raises UserError for maps that do not exist."""
     c = config.evaluate

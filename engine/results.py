@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import replacing
 from utils.metrics import Scores
 
 NAMES = {"cam": "CAM", "lam": "LAM", "seg": "segmentation", "fused": "CAM x LAM"}
@@ -22,8 +22,8 @@ def score_entries(scores: Scores, names: Sequence[str]) -> dict:
     }
 
 
-def title(row: dict, details: Sequence[str] = ()) -> str:
-    """What the scores of a row are of: map, data, split, images, scales, flip, CRF, image labels, then `details`."""
+def title(row: dict) -> str:
+    """What the scores of a row are of: map, data, split, images, scales, flip, CRF, image labels, background, input."""
     scales, labels, count = row["scales"], row["image_labels"], row["images"]
     parts = [
         f"{NAMES[row['map']]}: {row['dataset']} {row['split']}",
@@ -33,7 +33,7 @@ def title(row: dict, details: Sequence[str] = ()) -> str:
         "CRF" if row["crf"] else "no CRF",
         f"image labels {labels}" if labels else "no image labels used",
     ]
-    return ", ".join([*parts, *details])
+    return ", ".join([*parts, *_details(row)])
 
 
 def summary_line(scores: Scores, heading: str) -> str:
@@ -78,9 +78,17 @@ def _append(path: Path, rows: list[dict]) -> None:
             path.rename(aside)
             print(f"{path} cannot be read as a list of results: kept as {aside.name}", flush=True)
             earlier = []
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps([*earlier, *rows], indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps([*earlier, *rows], indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _details(row: dict) -> list[str]:
+    """The entries that rows of early evaluations do not have."""
+    source, bkg, side = row.get("predicted_from"), row.get("background"), row.get("input")
+    parts = [f"predicted by the {source}"] if source else []
+    parts += [f"background {bkg:g}"] if bkg is not None else []
+    size = "native size" if side is None else f"input {side}x{side}"
+    return parts + [size] if "input" in row else parts
 
 
 def _finite(value: float) -> float | None:

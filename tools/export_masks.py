@@ -73,9 +73,6 @@ class Rule:
         """The ids of a written file; those of a dictionary at evaluate.bkg."""
         return irn_ids(path, self.bkg) if self.format == "npy" else read_label_map(path, num_ids)
 
-    def details(self) -> str:
-        return f"background {self.bkg:g}" if self.format == "npy" else f"sure above {self.high:g}, below {self.low:g}"
-
 
 def score_files(dataset: ImageSet, rule: Rule, path_of: Callable, ranks: Ranks) -> tuple[np.ndarray, int, int]:
     """Of all images with a mask: the confusion matrix without the pixels written as 255, their number, the images'."""
@@ -99,11 +96,12 @@ def summary(rule: Rule, plan: Plan, config, split: str, scored: tuple[np.ndarray
     row = {
         "map": rule.kind, "dataset": config.data.name, "split": split, "images": images, "scales": made.scales,
         "flip": made.flip, "crf": rule.crf is not None, "image_labels": "predicted" if plan.predicted else "given",
+        "predicted_from": plan.predicted, "background": rule.bkg if rule.format == "npy" else None,
+        "input": plan.base_size,
     }
     share = 100 * left_out / max(1, left_out + matrix.sum())
-    size = "native size" if plan.base_size is None else f"input {plan.base_size}x{plan.base_size}"
-    details = [rule.details(), f"{share:.2f} % of the pixels unsure and left out", size]
-    return summary_line(Scores(matrix), title(row, details))
+    unsure = f", high {rule.high:g}, low {rule.low:g}, {share:.2f} % of the pixels unsure and left out"
+    return summary_line(Scores(matrix), title(row) + ("" if rule.format == "npy" else unsure))
 
 
 def main(argv: list[str]) -> None:

@@ -30,12 +30,11 @@ import torch  # noqa: E402
 
 from datasets import FileItem, ImageFiles, find_images, unique_names  # noqa: E402
 from engine.distributed import Ranks, pick_device  # noqa: E402
-from engine.evaluate import row_name  # noqa: E402
 from engine.inference import checkpoint_identity, claim_folder, is_finished, write_predictions  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from engine.loading import find_checkpoint, open_checkpoint  # noqa: E402
 from engine.pictures import save_picture  # noqa: E402
-from engine.predict import KINDS, Plan, Prediction, evaluation_plan  # noqa: E402
+from engine.predict import KINDS, Plan, Prediction, evaluation_plan, row_name  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.files import replacing  # noqa: E402
 from utils.images import heatmap, overlay, to_uint8, write_label_png  # noqa: E402

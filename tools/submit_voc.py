@@ -23,11 +23,11 @@ import torch  # noqa: E402
 from datasets import EvalItem, build_image_set  # noqa: E402
 from datasets.voc import CLASSES  # noqa: E402
 from engine.distributed import Ranks, pick_device  # noqa: E402
-from engine.evaluate import check_classes, row_name  # noqa: E402
+from engine.evaluate import check_classes  # noqa: E402
 from engine.inference import checkpoint_identity, claim_folder, is_finished, write_predictions  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from engine.loading import find_checkpoint, open_checkpoint  # noqa: E402
-from engine.predict import KINDS, Prediction, evaluation_plan  # noqa: E402
+from engine.predict import KINDS, Prediction, evaluation_plan, row_name  # noqa: E402
 from engine.submission import COMPETITIONS, TEST_IMAGES, write_archive  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.errors import UserError  # noqa: E402

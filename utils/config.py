@@ -86,6 +86,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "evaluate.bkg": (0, 1),
     "evaluate.images": (1, None),
     "evaluate.images_at_once": (1, None),
+    "evaluate.report_images": (0, None),
     "crf.iterations": (0, None),
     "crf.pos_w": (0, None),
     "crf.bi_w": (0, None),

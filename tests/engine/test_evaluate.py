@@ -29,7 +29,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ["map", "dataset", "split", "images", "scales", "flip", "crf", "image_labels", "predicted_from", "background",
           "input", "miou", "pixel_accuracy", "iou",
-          "checkpoint", "seconds"]
+          "checkpoint", "seconds", "evaluation"]
 
 
 def sigmoid(x: float) -> float:
@@ -234,7 +234,11 @@ def test_two_processes_score_what_one_does(tmp_path):
     outputs = [process.communicate(timeout=100)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     shared = json.loads((tmp_path / "two.0").read_text())
-    assert [{**row, "seconds": 0} for row in shared] == [{**row, "seconds": 0} for row in alone]
+    own = {"seconds": 0, "evaluation": None}
+    assert [{**row, **own} for row in shared] == [{**row, **own} for row in alone]
+    one, two = (evaluation_folder(rows, tmp_path) for rows in (alone, shared))
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+    assert one != two and len(list(one.iterdir())) == 2 + 5 * 5
     assert not (tmp_path / "two.1").exists() and "Summary" not in outputs[1]
     assert outputs[1].strip() == repr([row["miou"] for row in alone])
 
@@ -320,3 +324,74 @@ def test_training_picture_leaves_the_mode_alone():
         assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
         assert method.training == training
         assert not any(call[-1] for call in method.calls)
+
+
+def evaluation_folder(rows: list[dict], run: Path) -> Path:
+    (name,) = {row["evaluation"] for row in rows}
+    return run / "evaluation" / name
+
+
+def test_an_evaluation_keeps_what_a_report_shows(tmp_path):
+    """Matrices and image scores by slow oracles; the best and worst images, and never one in both."""
+    dataset, settings = FakeSet(7), config("evaluate.bkg=0.6", "evaluate.report_images=2")
+    rows = evaluate(FakeMethod(), dataset, settings, ALONE, "w", tmp_path / "results.json")
+    folder = evaluation_folder(rows, tmp_path)
+    with np.load(folder / "confusion.npz") as file:
+        assert file["classes"].tolist() == ["background", *dataset.classes]
+        for row in rows:
+            np.testing.assert_array_equal(file[row["map"]], oracle_matrix(dataset, row["map"], 0.6, given))
+    content = json.loads((folder / "images.json").read_text())
+    own = {}
+    for index in range(len(dataset)):
+        one = [dataset[index]]
+        for kind in ("cam", "lam", "seg"):
+            matrix = oracle_matrix(one, kind, 0.6, given)
+            shares = [matrix[k, k] / (matrix[k].sum() + matrix[:, k].sum() - matrix[k, k])
+                      for k in range(K + 1) if matrix[k].any()]
+            own.setdefault(one[0].name, {})[kind] = pytest.approx(sum(shares) / len(shares))
+    assert {entry["name"]: entry["score"] for entry in content["images"]} == own
+    order = sorted(content["images"], key=lambda entry: entry["score"]["seg"])
+    assert content["ranked_by"] == "seg"
+    assert [shown["name"] for shown in content["worst"]] == [entry["name"] for entry in order[:2]]
+    assert [shown["name"] for shown in content["best"]] == [entry["name"] for entry in order[:-3:-1]]
+    for shown in (*content["best"], *content["worst"]):
+        item = dataset[int(shown["name"].removeprefix("image_"))]
+        assert [panel["caption"] for panel in shown["panels"]] == ["input", "mask", "CAM", "LAM", "segmentation"]
+        assert set(shown["classes"].values()) >= set(np.unique(item.label_map).tolist()) - {255}
+        drawn = Image.open(folder / shown["panels"][0]["file"])
+        assert drawn.format == "JPEG" and drawn.size == item.label_map.shape[::-1]
+
+
+def test_few_images_and_none_to_keep(tmp_path):
+    class Unmarked(FakeSet):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return item._replace(label_map=np.full_like(item.label_map, 255)) if index == 1 else item
+
+    kept = evaluate(FakeMethod(), Unmarked(4), config("evaluate.maps=[seg,cam]"), ALONE, "w", tmp_path / "results.json")
+    content = json.loads((evaluation_folder(kept, tmp_path) / "images.json").read_text())
+    assert content["images"][1] == {"name": "image_1", "score": {"seg": None, "cam": None}}
+    assert sorted(shown["name"] for shown in content["best"]) == ["image_0", "image_2", "image_3"]
+    assert content["ranked_by"] == "seg" and not content["worst"]
+    settings = config("evaluate.maps=[cam]", "evaluate.crf=true", "crf.iterations=1", "evaluate.report_images=0")
+    none = evaluate(FakeMethod(), FakeSet(2), settings, ALONE, "w", tmp_path / "results.json")
+    folder = evaluation_folder(none, tmp_path)
+    content = json.loads((folder / "images.json").read_text())
+    assert content["ranked_by"] == "cam_crf" and not content["best"] and not content["worst"]
+    assert sorted(path.name for path in folder.iterdir()) == ["confusion.npz", "images.json"]
+    assert none[0]["evaluation"] != kept[0]["evaluation"]
+    alone = evaluate(FakeMethod(), FakeSet(2), settings, ALONE, "w")   # without a file of results nothing is written
+    assert [row["evaluation"] for row in alone] == [None, None]
+
+
+def test_equal_scores_are_ranked_by_name(tmp_path):
+    class Same(FakeSet):
+        def __getitem__(self, index):
+            return super().__getitem__(0)._replace(name=f"image_{index}")
+
+    for together in (1, 3):
+        settings = config("evaluate.report_images=2", f"evaluate.images_at_once={together}")
+        rows = evaluate(FakeMethod(), Same(8), settings, ALONE, "w", tmp_path / "results.json")
+        content = json.loads((evaluation_folder(rows, tmp_path) / "images.json").read_text())
+        assert [shown["name"] for shown in content["best"]] == ["image_0", "image_1"]
+        assert [shown["name"] for shown in content["worst"]] == ["image_7", "image_6"]

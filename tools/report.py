@@ -1,0 +1,44 @@
+"""Writes a report about runs: one HTML page that needs nothing beside it, to look at, to pass on, to print.
+
+    python tools/report.py runs/demo
+    python tools/report.py runs/first runs/second --output comparison.html
+
+Several runs are compared. What a folder lacks, and what cannot be read, is said on the page.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of tools/, so that the project's packages are found from any folder
+
+from engine.launch import run_script  # noqa: E402
+from tools.report_page.page import write_page  # noqa: E402
+from tools.report_page.run import read_run  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run, such as runs/demo")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="the page; default: report.html in the first RUN")
+    parser.add_argument("--images", metavar="N", type=int, help="so many of the best and worst images of each "
+                        "evaluation; default: all that it kept (evaluate.report_images)")
+    arguments = parser.parse_args(argv)
+    if arguments.images is not None and arguments.images < 0:
+        raise UserError(f"--images {arguments.images}: expected 0 or more")
+    runs = [read_run(folder) for folder in arguments.runs]
+    path = arguments.output or arguments.runs[0] / "report.html"
+    size = write_page(runs, path, arguments.images)
+    for run in runs:
+        for note in [*run.notes, *(note for evaluation in run.evaluations for note in evaluation.notes)]:
+            print(f"{run.folder}: {note}")
+    print(f"report: {path} ({size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    run_script(main)
