@@ -23,10 +23,10 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from datasets import EvalItem, ImageSet, build_image_set  # noqa: E402
-from engine.distributed import Ranks, all_reduce_sum, barrier, cleanup, setup  # noqa: E402
+from engine.distributed import Ranks, all_reduce_sum, barrier, cleanup, main_first, setup  # noqa: E402
 from engine.evaluate import check_classes  # noqa: E402
 from engine.inference import checkpoint_identity, claim_folder, is_finished, write_predictions  # noqa: E402
 from engine.launch import run_script  # noqa: E402
@@ -47,16 +47,15 @@ OWN = ("checkpoint", "output", "format", "map", "split", "high", "low", "config"
 class Rule:
     """How maps become a file: `format`, and for PNGs the thresholds and the CRF."""
 
-    def __init__(self, options: argparse.Namespace, config) -> None:
+    def __init__(self, options: argparse.Namespace, config: DictConfig) -> None:
         self.format, self.kind, self.bkg = options.format, options.map, config.evaluate.bkg
         self.ending = "npy" if self.format == "npy" else "png"
-        irn, labels = self.format == "irn-label", config.pseudo_labels
         if self.format == "npy" and (config.evaluate.crf or options.high is not None or options.low is not None):
             raise UserError("format=npy holds the maps themselves: high, low and evaluate.crf have no part in it")
-        given = [value if value is not None else default for value, default in (
-            (options.high, IRN_HIGH if irn else labels.high), (options.low, IRN_LOW if irn else labels.low),
-        )]
-        self.high, self.low = given
+        irn, labels = self.format == "irn-label", config.pseudo_labels
+        high, low = (IRN_HIGH, IRN_LOW) if irn else (labels.high, labels.low)
+        self.high = high if options.high is None else options.high
+        self.low = low if options.low is None else options.low
         check_thresholds(self.high, self.low)
         own_crf = OmegaConf.to_container(config.crf) if config.evaluate.crf else None
         self.crf = {"backend": config.crf.backend, **IRN_CRF} if irn else own_crf
@@ -89,7 +88,7 @@ def score_files(dataset: ImageSet, rule: Rule, path_of: Callable, ranks: Ranks) 
     return np.array(cells).reshape(count, count), left_out, images
 
 
-def summary(rule: Rule, plan: Plan, config, split: str, scored: tuple[np.ndarray, int, int]) -> str:
+def summary(rule: Rule, plan: Plan, config: DictConfig, split: str, scored: tuple[np.ndarray, int, int]) -> str:
     """The line of the mIoU, which says what it is of."""
     matrix, left_out, images = scored
     made = plan.maps[rule.kind]
@@ -108,11 +107,12 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_intermixed_args(
         [f"--{item}" if item.partition("=")[0] in OWN and "=" in item else item for item in argv]
     )
-    file = find_checkpoint(options.checkpoint)
+    ranks = setup()
+    with main_first():
+        file = find_checkpoint(options.checkpoint)
     opened = open_checkpoint(file, [f"evaluate.maps=[{options.map}]", *options.settings], options.config)
     config, split = opened.config, options.split or opened.config.data.train_split
     plan, rule = evaluation_plan(config)._replace(kinds=(options.map,), crf=None), Rule(options, config)
-    ranks = setup()
     dataset = build_image_set(config, split)
     check_classes(file, dataset.classes)
     made_with = {"checkpoint": checkpoint_identity(file), **plan._asdict(), **vars(rule), "split": split}
