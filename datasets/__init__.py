@@ -2,6 +2,8 @@
 
     build_train_set(config)[(index, seed)] -> TrainItem, collate_train(items) -> Batch
     build_val_set(config, split)[index]    -> EvalItem
+    build_image_set(config, split)[index]  -> EvalItem without a mask
+    ImageFiles(paths, names, ...)[index]   -> FileItem or Unreadable
 """
 
 import os
@@ -12,14 +14,17 @@ import torch
 from omegaconf import DictConfig
 
 from datasets import coco, shapes, voc
+from datasets.files import FileItem, ImageFiles, Unreadable, find_images, unique_names
 from datasets.labels import MASKS, load_labels
 from datasets.samples import Sample, find_list
-from datasets.sets import EvalItem, EvalSet, TrainItem, TrainSet, collate_train
+from datasets.sets import EvalItem, EvalSet, ImageSet, TrainItem, TrainSet, collate_train
 from datasets.transforms import build_augmentation
 from utils.errors import UserError
 
 __all__ = [
-    "EvalItem", "EvalSet", "TrainItem", "TrainSet", "build_train_set", "build_val_set", "class_names", "collate_train",
+    "EvalItem", "EvalSet", "FileItem", "ImageFiles", "ImageSet", "TrainItem", "TrainSet", "Unreadable",
+    "build_image_set", "build_train_set", "build_val_set", "class_names", "collate_train", "find_images",
+    "unique_names",
 ]
 
 LAYOUTS = {"voc": voc, "coco": coco, "shapes": shapes}
@@ -44,6 +49,17 @@ def build_val_set(config: DictConfig, split: str | None = None) -> EvalSet:
     return EvalSet(*_load(config.data, split, need_masks=True))
 
 
+def build_image_set(config: DictConfig, split: str) -> ImageSet:
+    """A split at native size without its masks; with image labels where config.evaluate takes given ones.
+
+    The samples name the masks that are there. Raises UserError.
+    """
+    if config.evaluate.image_labels == "given":
+        return ImageSet(*_load(config.data, split, need_masks=config.data.image_labels == MASKS))
+    samples, _ = _samples(config.data, split, need_masks=False)
+    return ImageSet(samples, None, class_names(config.data))
+
+
 def class_names(data: DictConfig) -> tuple[str, ...]:
     """The names of the classes, without background: data.classes, else the data set's own."""
     return tuple(data.classes) if data.classes else LAYOUTS[data.name].CLASSES
@@ -53,14 +69,18 @@ def _load(
     data: DictConfig, split: str, need_masks: bool
 ) -> tuple[list[Sample], Callable[[Sample], torch.Tensor], tuple[str, ...]]:
     """Samples, labels (a function of a sample) and classes of a split."""
+    samples, list_path = _samples(data, split, need_masks)
+    classes = class_names(data)
+    return samples, load_labels(data.image_labels, find_root(data), list_path.parent, samples, classes), classes
+
+
+def _samples(data: DictConfig, split: str, need_masks: bool) -> tuple[list[Sample], Path]:
+    """The samples of a split, and its list."""
     if data.name not in LAYOUTS:
         raise UserError(f"data.name={data.name}: known data sets are {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[data.name]
-    root = find_root(data)
-    classes = class_names(data)
+    layout, root = LAYOUTS[data.name], find_root(data)
     list_path = find_list(split, layout.list_folders(root), root)
-    samples = layout.read_samples(root, list_path, need_masks)
-    return samples, load_labels(data.image_labels, root, list_path.parent, samples, classes), classes
+    return layout.read_samples(root, list_path, need_masks), list_path
 
 
 def find_root(data: DictConfig) -> Path:

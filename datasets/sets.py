@@ -24,18 +24,21 @@ class TrainItem(NamedTuple):
 
 
 class EvalItem(NamedTuple):
-    """name; image float32 (3, H, W) normalised, native size; labels float32 (K,); label_map uint8 (H, W)."""
+    """name; image float32 (3, H, W) normalised, native size; labels float32 (K,); label_map uint8 (H, W).
+
+    The items of an ImageSet have no label map, and labels only where it has some: None otherwise.
+    """
 
     name: str
     image: torch.Tensor
-    labels: torch.Tensor
-    label_map: np.ndarray
+    labels: torch.Tensor | None
+    label_map: np.ndarray | None
 
 
 class _ImageSet(Dataset):
     """Samples with their labels. classes: names without background; names: of the images, in order."""
 
-    def __init__(self, samples: list[Sample], labels_of: Callable[[Sample], torch.Tensor], classes: tuple[str, ...]):
+    def __init__(self, samples: list[Sample], labels_of: Callable | None, classes: tuple[str, ...]):
         self.samples, self.labels_of, self.classes = samples, labels_of, classes
         self.names = [sample.name for sample in samples]
 
@@ -68,6 +71,15 @@ class EvalSet(_ImageSet):
         label_map = read_label_map(sample.mask, len(self.classes) + 1)
         check_same_size(image, sample.image, label_map, sample.mask)
         return EvalItem(sample.name, normalize(image), self.labels_of(sample), label_map)
+
+
+class ImageSet(_ImageSet):
+    """Whole images, indexed by the image's number, their masks unread. labels_of None: the items have no labels."""
+
+    def __getitem__(self, index: int) -> EvalItem:
+        sample = self.samples[index]
+        labels = None if self.labels_of is None else self.labels_of(sample)
+        return EvalItem(sample.name, normalize(read_rgb(sample.image)), labels, None)
 
 
 def collate_train(items: list[TrainItem]) -> Batch:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor
 
+from utils.errors import UserError
+
 
 class Ranks(NamedTuple):
     """rank of this process, number of processes, the device this one computes on."""
@@ -32,6 +34,13 @@ def setup() -> Ranks:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return Ranks(rank, world, device)
+
+
+def pick_device(name: str) -> torch.device:
+    """cpu or cuda for a program of one process. Raises UserError where there is no such device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible; use --device cpu")
+    return torch.device(name)
 
 
 def loader_workers(config: DictConfig, ranks: Ranks) -> int:

@@ -1,11 +1,7 @@
 """Scores the maps of a method on labelled images: one path for the validation in training and for the tools."""
 
-import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +15,13 @@ from datasets import EvalItem
 from engine import checkpoint
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
 from engine.image_scores import ImageScores, new_evaluation, write_evaluation
+from engine.inference import as_is, over_images
 from engine.pictures import prediction_panels, save_picture, side_by_side
-from engine.predict import (
-    Plan,
-    Prediction,
-    Row,
-    evaluation_mode,
-    evaluation_plan,
-    predict_batch,
-    row_name,
-    validation_plan,
-)
+from engine.predict import Plan, Prediction, Row, evaluation_plan, row_name, validation_plan
 from engine.results import append_results, score_entries, summary_line, table, title
 from utils.errors import UserError
 from utils.images import write_label_png
 from utils.metrics import Scores, confusion_matrix
-
-GPU_BATCH, WAITING = 8, 8
 
 
 def validate(method: nn.Module, dataset: Dataset, config: DictConfig, ranks: Ranks) -> dict[str, float]:
@@ -109,19 +95,11 @@ def score(
     matrices = {row: np.zeros((num_classes + 1, num_classes + 1), np.int64) for row in plan.rows}
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
     # a generator of its own: the loader must not draw from the one that training goes on with
-    loader = DataLoader(share, batch_size=None, collate_fn=_as_is, num_workers=workers, generator=torch.Generator())
-    together = batch_size or (GPU_BATCH if ranks.device.type == "cuda" else 1)
-
-    def predicted(items: list[EvalItem]) -> list[tuple[EvalItem, Prediction]]:
-        images = torch.stack([item.image for item in items]).to(ranks.device)
-        labels = torch.stack([item.labels for item in items]).to(ranks.device)
-        return list(zip(items, predict_batch(method, images, labels, plan, [i.name for i in items]), strict=True))
-
+    loader = DataLoader(share, batch_size=None, collate_fn=as_is, num_workers=workers, generator=torch.Generator())
     # closed on the way out, so that a message of an error starts on a line of its own
     bar = tqdm(desc="evaluate", total=len(share), disable=ranks.rank != 0, dynamic_ncols=True)
-    with bar, evaluation_mode(method), _image_threads(ranks.device) as threads:
-        batches = _in_threads(predicted, same_size(loader, together), threads, ranks.device)
-        for item, prediction in itertools.chain.from_iterable(batches):
+    with bar, over_images(method, loader, plan, ranks.device, _both, batch_size) as predictions:
+        for item, prediction in predictions:
             counts = {}
             for row, labels in prediction.labels.items():
                 counts[row] = confusion_matrix(item.label_map, labels, num_classes + 1)
@@ -136,19 +114,6 @@ def score(
             bar.update()
     total = all_reduce_sum(torch.from_numpy(np.stack(list(matrices.values()))).to(ranks.device)).cpu().numpy()
     return dict(zip(matrices, total, strict=True))
-
-
-def same_size(items: Iterable[EvalItem], count: int) -> Iterator[list[EvalItem]]:
-    """The items in lists of up to `count` images of one size. At most WAITING * count of them wait for company."""
-    waiting: dict[torch.Size, list[EvalItem]] = {}
-    for item in items:
-        group = waiting.setdefault(item.image.shape, [])
-        group.append(item)
-        if len(group) == count:
-            yield waiting.pop(item.image.shape)
-        elif sum(map(len, waiting.values())) > WAITING * count:
-            yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
-    yield from waiting.values()
 
 
 def check_classes(path: str, classes: Sequence[str]) -> None:
@@ -173,38 +138,6 @@ def run_folder(path: str) -> Path:
     return folder.parent if folder.name == "checkpoints" else folder
 
 
-@contextmanager
-def _image_threads(device: torch.device) -> Iterator[int]:
-    """How many batches to compute at once: on a CPU one for each of torch's threads, which has one thread meanwhile;
-    on a GPU two, so that it need not wait while labels are brought back and counted."""
-    if device.type != "cpu":
-        yield 2
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _in_threads(function: Callable, items: Iterable, threads: int, device: torch.device) -> Iterator:
-    """map(function, items) in order, on that many threads; items are taken only as they are needed."""
-    if threads == 1:
-        yield from map(function, items)
-        return
-    on_cpu = device.type == "cpu"
-    begin, given = (torch.set_num_threads, 1) if on_cpu else (torch.cuda.set_device, device)   # each thread's own
-    with ThreadPoolExecutor(threads, initializer=begin, initargs=(given,)) as pool:
-        waiting: deque = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 def _settings(row: Row, plan: Plan, facts: dict) -> dict:
     """The entries of a result's row that say what it is of."""
     kind, crf = row
@@ -218,9 +151,9 @@ def _settings(row: Row, plan: Plan, facts: dict) -> dict:
     return {"map": kind, **facts, **how, **more}
 
 
+def _both(item: EvalItem, prediction: Prediction) -> tuple[EvalItem, Prediction]:
+    return item, prediction
+
+
 def _first(dataset: Dataset, count: int | None) -> Dataset:
     return dataset if count is None or count >= len(dataset) else Subset(dataset, range(count))
-
-
-def _as_is(item: EvalItem) -> EvalItem:
-    return item

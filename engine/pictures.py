@@ -13,6 +13,7 @@ from datasets import EvalItem
 from engine.predict import Prediction, evaluation_mode
 from engine.results import NAMES
 from utils.batch import Batch
+from utils.files import replacing
 from utils.images import heatmap, overlay, to_uint8
 
 SMALLEST = 192   # panels of smaller images are enlarged
@@ -70,9 +71,9 @@ def training_picture(method: nn.Module, batch: Batch, classes: Sequence[str], co
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Writes uint8 (H, W, 3); makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    """Writes uint8 (H, W, 3) in the format of the name's ending; makes the folder."""
+    with replacing(path) as part:
+        Image.fromarray(picture).save(part, Image.registered_extensions()[path.suffix.lower()], quality=90)
 
 
 def _with_caption(caption: str, panel: np.ndarray) -> np.ndarray:

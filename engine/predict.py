@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     predicted: None for given image labels, else where they come from (`classifier`, `segmentation`).
     min_pixels: a class of the segmentation counts from this many pixels.
     crf: settings of `dense_crf`, None for none; with them every label map is made without and with CRF.
+    class_logits: whether the classifier's logits are wanted, whatever image labels come from.
     """
 
     kinds: tuple[str, ...]
@@ -46,6 +47,7 @@ class Plan(NamedTuple):
     predicted: str | None = None
     min_pixels: int = 1
     crf: dict | None = None
+    class_logits: bool = False
 
     @property
     def rows(self) -> list[Row]:
@@ -57,12 +59,13 @@ class Prediction(NamedTuple):
     """What became of one image.
 
     maps: by kind (K, H, W) in [0, 1], for `seg` the logits (K+1, H, W). present: bool (K,), the classes whose maps
-    count. labels: the ids uint8 (H, W) of each row.
+    count. labels: the ids uint8 (H, W) of each row. class_logits: (K,) of the classifier, None where it was not asked.
     """
 
     maps: dict[str, Tensor]
     present: Tensor
     labels: dict[Row, np.ndarray]
+    class_logits: Tensor | None = None
 
 
 def row_name(row: Row) -> str:
@@ -132,7 +135,8 @@ def predict_batch(
     if "fused" in plan.kinds:
         coarse["fused"] = min_max(coarse["cam"] * coarse["lam"])
     maps.update({kind: resize(values, size) for kind, values in coarse.items()})
-    present = _present_classes(method, squares, labels, maps.get("seg"), plan)
+    class_logits = method.classify(squares) if plan.class_logits or plan.predicted == "classifier" else None
+    present = _present_classes(class_logits, labels, maps.get("seg"), plan)
     predictions = []
     for index, name in enumerate(names):
         own = {kind: values[index] for kind, values in maps.items()}
@@ -140,7 +144,8 @@ def predict_batch(
             if not values.isfinite().all():
                 raise UserError(f"{name}: the values of map '{kind}' are not finite; are the weights sound?")
         drawn = {row: _label_map(row, own, present[index], plan, images[index]) for row in plan.rows}
-        predictions.append(Prediction(own, present[index], drawn))
+        own_logits = None if class_logits is None else class_logits[index]
+        predictions.append(Prediction(own, present[index], drawn, own_logits))
     return predictions
 
 
@@ -175,11 +180,11 @@ def _segment(method: nn.Module, images: Tensor, plan: Plan) -> Tensor:
 
 
 def _present_classes(
-    method: nn.Module, images: Tensor, labels: Tensor | None, logits: Tensor | None, plan: Plan
+    class_logits: Tensor | None, labels: Tensor | None, logits: Tensor | None, plan: Plan
 ) -> Tensor:
     """bool (B, K): the given labels; or classes of logit > 0; or those with min_pixels of the segmentation."""
     if plan.predicted == "classifier":
-        return method.classify(images) > 0
+        return class_logits > 0
     if plan.predicted == "segmentation":
         found = (torch.bincount(one.argmax(0).flatten(), minlength=len(one)) for one in logits)
         return torch.stack([counts[1:] >= plan.min_pixels for counts in found])

@@ -25,6 +25,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
+def one_thread():
+    """torch computes with one thread, as it does for every image of an evaluation: the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def tiny_voc(tmp_path: Path) -> Path:
     """Root of a small tree in VOC layout (`_make_tiny_voc`), anew for every test."""
     return _make_tiny_voc(tmp_path)

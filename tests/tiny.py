@@ -3,7 +3,12 @@
 import subprocess
 from pathlib import Path
 
-from engine.checkpoint import WEIGHTS
+import torch
+
+from datasets.voc import CLASSES
+from engine.checkpoint import WEIGHTS, save_weights
+from model import build_method
+from utils.config import load_config, portable
 
 ROOT = Path(__file__).resolve().parents[1]
 ITERATIONS = 6
@@ -32,3 +37,12 @@ def train(root: Path, output: Path, *overrides: str, tag: str = "tiny", count: i
 def last_weights(run: Path, iteration: int = ITERATIONS) -> Path:
     """The weights a run wrote after `iteration` steps."""
     return run / "checkpoints" / WEIGHTS.format(iteration)
+
+
+def save_checkpoint(path: Path, *overrides: str) -> Path:
+    """A weights file of the tiny method for the VOC classes, with random weights; its name is returned."""
+    torch.manual_seed(0)
+    config = load_config("more_voc", [*SETTINGS, *overrides])
+    meta = {"method": "more", "classes": list(CLASSES), "settings": portable(config)}
+    save_weights(path, build_method(config, len(CLASSES)), meta)
+    return path

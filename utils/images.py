@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from utils.errors import UserError
+from utils.files import replacing
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
@@ -90,12 +91,17 @@ def voc_palette() -> np.ndarray:
     return palette
 
 
-def write_label_png(path: str | Path, label_map: np.ndarray) -> None:
-    """Write ids uint8 (H, W) as a palette PNG in the VOC colours; makes the folder."""
+def label_image(label_map: np.ndarray) -> Image.Image:
+    """Ids uint8 (H, W) as a palette image in the VOC colours."""
     image = Image.fromarray(np.ascontiguousarray(label_map, dtype=np.uint8))
     image.putpalette(voc_palette().tobytes())
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    return image
+
+
+def write_label_png(path: str | Path, label_map: np.ndarray) -> None:
+    """Write ids uint8 (H, W) as a palette PNG in the VOC colours; makes the folder."""
+    with replacing(path) as part:
+        label_image(label_map).save(part, "PNG")
 
 
 def colorize(label_map: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from engine.distributed import Ranks
-from engine.evaluate import check_classes, evaluate, run_folder, same_size, score, validate
+from engine.evaluate import check_classes, evaluate, run_folder, score, validate
+from engine.inference import same_size
 from engine.pictures import training_picture
 from engine.predict import evaluation_plan, predict, threshold, validation_plan
 from engine.results import append_results

@@ -1,0 +1,122 @@
+"""Images a user names one by one: files, folders, patterns, lists; of any size, without labels or masks."""
+
+import glob
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from utils.errors import UserError
+from utils.images import normalize, read_rgb
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
+LONGEST = 16384   # pixels of a side
+
+
+class FileItem(NamedTuple):
+    """name; image float32 (3, H, W) normalised; labels float32 (K,) or None; path; size (H, W) of the file's image."""
+
+    name: str
+    image: torch.Tensor
+    labels: torch.Tensor | None
+    path: Path
+    size: tuple[int, int]
+
+
+class Unreadable(NamedTuple):
+    """An image that cannot be computed, and the line that says why."""
+
+    name: str
+    reason: str
+
+
+class ImageFiles(Dataset):
+    """Files indexed by number, with `names`; what cannot be read is an Unreadable.
+
+    labels: multi-hot float32 (K,), the same for all; None for none. least: shortest side, in pixels, that a method
+    can take. most: an image of more pixels, or of a longer side than LONGEST, is reduced to that.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], names: Sequence[str], labels: torch.Tensor | None, least: int, most: int
+    ) -> None:
+        self.paths, self.names, self.labels, self.least, self.most = list(paths), list(names), labels, least, most
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> FileItem | Unreadable:
+        path, name = self.paths[index], self.names[index]
+        try:
+            image = read_rgb(path)
+        except UserError as error:
+            return Unreadable(name, str(error))
+        height, width = image.shape[:2]
+        if min(height, width) < self.least:
+            need = f"at native size a side needs {self.least} or more; give evaluate.base_size"
+            return Unreadable(name, f"{path}: an image of {width}x{height} pixels, {need}")
+        return FileItem(name, normalize(self._reduced(image)), self.labels, path, (height, width))
+
+    def _reduced(self, image: np.ndarray) -> np.ndarray:
+        height, width = image.shape[:2]
+        factor = min(1, (self.most / (height * width)) ** 0.5, LONGEST / max(height, width))
+        size = max(1, int(width * factor)), max(1, int(height * factor))
+        return image if factor == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def find_images(inputs: Iterable[str], leave_out: Path) -> list[tuple[Path, Path]]:
+    """(folder, image) of every image that the inputs mean, each image once, all paths absolute.
+
+    inputs: files; folders, searched with all below them; patterns such as 'a/**/*.jpg'. folder: the input folder an
+    image was found in, else its own. leave_out: a folder where nothing is looked for. A file that is not there is
+    listed all the same. Raises UserError for a folder or pattern without an image.
+    """
+    found: dict[Path, Path] = {}
+    hidden = Path(os.path.abspath(leave_out))
+    for text in inputs:
+        path = Path(os.path.abspath(Path(text).expanduser()))
+        if path.is_dir():
+            images = [(path, image) for image in sorted(path.rglob("*")) if _is_image(image, hidden)]
+        elif path.exists() or not glob.has_magic(text):
+            images = [(path.parent, path)]
+        else:
+            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+            images = [(image.parent, image) for image in matches if _is_image(image, hidden)]
+        if not images:
+            raise UserError(f"{text}: no image there (looked for {' '.join(SUFFIXES)})")
+        for folder, image in images:
+            found.setdefault(image, folder)
+    return [(folder, image) for image, folder in found.items()]
+
+
+def unique_names(found: Sequence[tuple[Path, Path]]) -> list[str]:
+    """A name for every (folder, image): its path from the folder, without the ending.
+
+    Those that would be alike get more of their folders, those alike but for the ending keep it.
+    """
+    depth = [len(image.relative_to(folder).parts) for folder, image in found]
+    stems = Counter(image.with_suffix("") for _, image in found)
+    kept = [stems[image.with_suffix("")] > 1 for _, image in found]
+    while True:
+        groups = defaultdict(list)
+        for index, (_, image) in enumerate(found):
+            path = image if kept[index] else image.with_suffix("")
+            groups["/".join(path.parts[-depth[index] :])].append(index)
+        alike = [group for group in groups.values() if len(group) > 1]
+        if not alike:
+            return sorted(groups, key=lambda name: groups[name][0])
+        for group in alike:
+            same_folder = len({found[index][1].parent for index in group}) < len(group)
+            for index in group:
+                kept[index] = kept[index] or same_folder
+                depth[index] = min(depth[index] + (not same_folder), len(found[index][1].parts) - 1)
+
+
+def _is_image(path: Path, hidden: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file() and hidden not in path.parents

@@ -1,0 +1,193 @@
+"""tools/export_masks.py: its files as a second stage reads them, the rule of the unsure pixels, several processes."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.voc import CLASSES
+from engine.masks import confident_ids, irn_ids, save_irn
+from tests import tiny
+from tests.conftest import TINY_CLASSES
+from tools import export_masks as tool
+from utils.config import load_config
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
+
+
+def labels_of(root: Path) -> dict[str, list[int]]:
+    """name -> ids of its image labels."""
+    names = json.loads((root / "labels.json").read_text())
+    return {name: [CLASSES.index(label) + 1 for label in present] for name, present in names.items()}
+
+
+def files(folder: Path, ending: str) -> dict[str, int]:
+    return {path.stem: path.stat().st_mtime_ns for path in folder.glob(f"*.{ending}")}
+
+
+def colour(index: int) -> tuple[int, ...]:
+    """The devkit's colour of an id, by its rule: bit 3k + c of the id is bit 7 - k of the channel c."""
+    return tuple(sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
+
+
+def test_two_processes_write_what_others_read(checkpoint, tiny_voc, tmp_path, capsys):
+    """PNGs of two processes, some train masks missing; the dictionaries of one; each made from the same maps."""
+    for name in ("tiny_000", "tiny_005"):
+        (tiny_voc / "SegmentationClassAug" / f"{name}.png").unlink()
+    png, npy = tmp_path / "png", tmp_path / "npy"
+    arguments = [f"checkpoint={checkpoint}", f"data.root={tiny_voc}", "map=lam", "data.workers=0"]
+    command = [sys.executable, "engine/launch.py", "tools/export_masks.py", "cpu", "2", "auto", *arguments]
+    command += [f"output={png}", "--format", "png", "high=0.6", "low=0.4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    tool.main([*arguments, f"output={npy}", "format=npy", "evaluate.bkg=0.6"])
+
+    labels, names = labels_of(tiny_voc), [f"tiny_{index:03d}" for index in range(8)]
+    assert sorted(files(png, "png")) == sorted(files(npy, "npy")) == names
+    for name in names:
+        with Image.open(tiny_voc / "JPEGImages" / f"{name}.jpg") as image, Image.open(png / f"{name}.png") as mask:
+            assert mask.mode == "P" and mask.size == image.size
+            ids, palette, size = np.array(mask), mask.getpalette(), image.size
+        assert set(np.unique(ids)) <= {0, 255, *labels[name]}
+        for index in (0, *TINY_CLASSES, 20):
+            assert tuple(palette[3 * index : 3 * index + 3]) == colour(index)
+        content = np.load(npy / f"{name}.npy", allow_pickle=True).item()
+        assert set(content) == {"keys", "cam", "high_res"}
+        keys, high_res = content["keys"], content["high_res"]
+        assert [key + 1 for key in keys.tolist()] == labels[name]
+        assert high_res.dtype == np.float32 and high_res.shape == (len(keys), size[1], size[0])
+        assert content["cam"].shape == (len(keys), -(-size[1] // 4), -(-size[0] // 4))
+        assert high_res.min() >= 0 and high_res.max() <= 1
+        padded = np.pad(keys + 1, (1, 0), mode="constant")   # as irn's readers do
+        sure, possible = (padded[np.pad(high_res, ((1, 0), (0, 0), (0, 0)), constant_values=t).argmax(0)]
+                          for t in (0.6, 0.4))
+        expected = np.where(sure > 0, sure, np.where(possible == 0, 0, 255))
+        np.testing.assert_array_equal(ids, expected)
+        ids_again = padded[np.pad(high_res, ((1, 0), (0, 0), (0, 0)), constant_values=0.6).argmax(0)]
+        np.testing.assert_array_equal(irn_ids(npy / f"{name}.npy", 0.6), ids_again)
+    check_line(done.stdout, png, tiny_voc, names)
+    assert "6 images, single scale (1), flip, no CRF, image labels given, background 0.6" in capsys.readouterr().out
+
+
+def check_line(output: str, folder: Path, root: Path, names: list[str]) -> None:
+    """The mIoU that was printed, against a loop over the pixels of the files."""
+    hits, unions, true, unsure, all_pixels, images = {}, {}, set(), 0, 0, 0
+    for name in names:
+        path = root / "SegmentationClassAug" / f"{name}.png"
+        if not path.exists():
+            continue
+        images += 1
+        truth, ids = np.array(Image.open(path)), np.array(Image.open(folder / f"{name}.png"))
+        for t, p in zip(truth.flat, ids.flat, strict=True):
+            all_pixels += 1
+            if p == 255:
+                unsure += 1
+                continue
+            true.add(t)
+            hits[t] = hits.get(t, 0) + (t == p)
+            for i in {t, p}:
+                unions[i] = unions.get(i, 0) + 1
+    miou = 100 * np.mean([hits.get(i, 0) / unions[i] for i in true])
+    [line] = [line for line in output.splitlines() if line.startswith("mIoU")]
+    assert float(re.findall(r"mIoU +([\d.]+)", line)[0]) == pytest.approx(miou, abs=0.005)
+    said = f"LAM: voc train_aug, {images} images, single scale (1), flip, no CRF, image labels given"
+    assert said in line and f"{100 * unsure / all_pixels:.2f} % of the pixels unsure and left out" in line
+
+
+def test_goes_on_and_needs_no_masks(checkpoint, tiny_voc, tmp_path, capsys):
+    for path in (tiny_voc / "SegmentationClassAug").glob("*"):
+        path.unlink()
+    (tiny_voc / "SegmentationClassAug").rmdir()
+    out = tmp_path / "out"
+    arguments = [f"checkpoint={checkpoint}", f"output={out}", f"data.root={tiny_voc}", "data.workers=0"]
+    tool.main([*arguments, "split=val", "map=cam"])
+    assert "no masks there: mIoU not measured" in capsys.readouterr().out
+    first = files(out, "png")
+    (out / "tiny_009.png").unlink()
+    tool.main([*arguments, "split=val", "map=cam"])
+    again = files(out, "png")
+    assert "1 written" in capsys.readouterr().out
+    assert first.keys() == again.keys() and {name for name in first if first[name] != again[name]} == {"tiny_009"}
+    with pytest.raises(UserError, match=r"made with high = 0\.7, not 0\.9; give another folder, or --overwrite"):
+        tool.main([*arguments, "split=val", "map=cam", "high=0.9"])
+
+
+def test_the_rule_of_unsure_pixels():
+    """Against a loop over pixels, thresholds met exactly among them; one threshold leaves nothing unsure."""
+    maps = torch.randint(0, 11, (4, 12, 13)) / 10
+    present, image = torch.tensor([True, False, True, False]), np.zeros((12, 13, 3), np.uint8)
+    for high, low in ((0.7, 0.3), (0.5, 0.5)):
+        ids = confident_ids(maps, present, image, high, low)
+        for y, x in np.ndindex(ids.shape):
+            value, label = max((maps[k, y, x].item(), -k) for k in (0, 2))
+            expected = 1 - label if value > np.float32(high) else 0 if value <= np.float32(low) else 255
+            assert ids[y, x] == expected
+        assert (255 in ids) == (high > low)
+    assert not confident_ids(maps, torch.zeros(4, dtype=bool), image, 0.7, 0.3).any()
+
+
+def test_irn_labels_as_irn_makes_them():
+    """Against irn's recipe in pydensecrf's own terms: a CRF on either label map, joined where both agree."""
+    densecrf = pytest.importorskip("pydensecrf.densecrf")
+    from pydensecrf.utils import unary_from_labels
+
+    torch.manual_seed(0)
+    coarse = torch.rand(1, 5, 4, 5)
+    maps = torch.nn.functional.interpolate(coarse, (40, 50), mode="bilinear")[0]
+    image = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+    present = torch.tensor([True, False, True, True, False])
+    options = argparse.Namespace(format="irn-label", map="cam", high=0.6, low=0.5)
+    rule = tool.Rule(options, load_config(None, ["crf.backend=pydensecrf"]))
+    ids = confident_ids(maps, present, image, rule.high, rule.low, rule.crf)
+
+    keys, cams = np.array([0, 1, 3, 4]), maps[present].numpy()
+    found = []
+    for value in (0.6, 0.5):
+        labels = np.pad(cams, ((1, 0), (0, 0), (0, 0)), constant_values=value).argmax(0)
+        crf = densecrf.DenseCRF2D(50, 40, 4)
+        crf.setUnaryEnergy(unary_from_labels(labels, 4, gt_prob=0.7, zero_unsure=False))
+        crf.addPairwiseGaussian(sxy=3, compat=3)
+        crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=image.copy(), compat=10)
+        found.append(keys[np.array(crf.inference(10)).argmax(0).reshape(40, 50)])
+    expected = found[0].copy()
+    expected[found[0] == 0] = 255
+    expected[found[0] + found[1] == 0] = 0
+    assert len(np.unique(expected)) == 5 and (expected != confident_ids(maps, present, image, 0.6, 0.5)).any()
+    np.testing.assert_array_equal(ids, expected)
+    assert (tool.IRN_HIGH, tool.IRN_LOW) == (0.30, 0.05)
+
+
+def test_an_image_without_a_class(tmp_path):
+    save_irn(tmp_path / "x.npy", torch.rand(3, 6, 9), torch.zeros(3, dtype=torch.bool))
+    content = np.load(tmp_path / "x.npy", allow_pickle=True).item()
+    assert len(content["keys"]) == 0 and content["cam"].shape == (0, 2, 3) and content["high_res"].shape == (0, 6, 9)
+    assert irn_ids(tmp_path / "x.npy", 0.5).shape == (6, 9) and not irn_ids(tmp_path / "x.npy", 0.5).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["high=0.2", "low=0.4"], r"high = 0\.2, low = 0\.4"),
+        (["format=npy", "high=0.5"], "have no part in it"),
+        (["format=npy", "evaluate.crf=true"], "have no part in it"),
+        (["spilt=val"], "unknown key 'spilt'"),
+        (["split=test"], "split 'test' not found"),
+    ],
+)
+def test_mistakes(checkpoint, tiny_voc, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        tool.main([f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", f"data.root={tiny_voc}", *arguments])
+    assert not (tmp_path / "out").exists()
