@@ -12,7 +12,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 TINY_CLASSES = {1: "aeroplane", 3: "bird", 8: "cat", 12: "dog"}  # VOC id -> name
 
-torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+# tests that run beside each other share the cores: threads that wait for a core cost more than they bring
+BESIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, min(2, len(os.sched_getaffinity(0)) // BESIDE)))
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,17 @@
 """A run small enough for a test: settings, and the launchers as a user calls them."""
 
+import importlib
+import multiprocessing
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 from datasets.voc import CLASSES
 from engine.checkpoint import WEIGHTS, save_weights
+from engine.launch import DEVICE, run_script
 from model import build_method
 from utils.config import load_config, portable
 
@@ -21,6 +26,9 @@ SETTINGS = [
     "loss.start_after.seg=1", "loss.start_after.energy=1", "evaluate.base_size=64", "evaluate.seg_scales=[1.0]",
 ]
 
+_forks = multiprocessing.get_context("forkserver")   # its processes begin with the scripts' imports done
+_forks.set_forkserver_preload(["scripts.train_voc"])
+
 
 def bash(script: str, *arguments: object, cwd: Path = ROOT, timeout: int = 180) -> subprocess.CompletedProcess:
     """Runs a launcher of the project; its output is text."""
@@ -32,6 +40,24 @@ def train(root: Path, output: Path, *overrides: str, tag: str = "tiny", count: i
     """run_train.sh on the VOC tree `root`, on `count` CPU processes."""
     settings = [f"data.root={root}", f"output={output}", *SETTINGS, *overrides]
     return bash("run_train.sh", "scripts/train_voc.py", "cpu", count, "auto", tag, *settings, cwd=cwd)
+
+
+def train_alone(root: Path, output: Path, *overrides: str, tag: str = "tiny") -> subprocess.CompletedProcess:
+    """`train` without its launcher: scripts/train_voc.py in a process of its own, sooner as nothing is imported."""
+    arguments = [f"tag={tag}", f"data.root={root}", f"output={output}", *SETTINGS, *overrides]
+    files = [output.parent / f"{tag}.{stream}" for stream in ("stdout", "stderr")]
+    process = _forks.Process(target=_run, args=("scripts.train_voc", arguments, *files))
+    process.start()
+    process.join(180)
+    return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in files))
+
+
+def _run(module: str, arguments: list[str], stdout: Path, stderr: Path) -> None:
+    for stream, file in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ[DEVICE] = "cpu"
+    sys.argv = [module, *arguments]
+    run_script(importlib.import_module(module).main)
 
 
 def last_weights(run: Path, iteration: int = ITERATIONS) -> Path:
