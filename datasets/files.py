@@ -57,11 +57,12 @@ class ImageFiles(Dataset):
             image = read_rgb(path)
         except UserError as error:
             return Unreadable(name, str(error))
+        size, image = image.shape[:2], self._reduced(image)
         height, width = image.shape[:2]
         if min(height, width) < self.least:
             need = f"at native size a side needs {self.least} or more; give evaluate.base_size"
-            return Unreadable(name, f"{path}: an image of {width}x{height} pixels, {need}")
-        return FileItem(name, normalize(self._reduced(image)), self.labels, path, (height, width))
+            return Unreadable(name, f"{path}: {width}x{height} pixels are computed, {need}")
+        return FileItem(name, normalize(image), self.labels, path, size)
 
     def _reduced(self, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]

@@ -34,6 +34,10 @@ class TableLabels:
     def __call__(self, sample: Sample) -> torch.Tensor:
         return torch.from_numpy(self.table[sample.name].copy())
 
+    def identity(self, sample: Sample) -> bytes:
+        """What the labels of a sample are known by."""
+        return self.table[sample.name].tobytes()
+
 
 class MaskLabels:
     """Labels read from each sample's mask when asked for: called with a Sample, returns float32 (K,)."""
@@ -43,6 +47,10 @@ class MaskLabels:
 
     def __call__(self, sample: Sample) -> torch.Tensor:
         return labels_of_mask(read_label_map(sample.mask, self.num_classes + 1), self.num_classes)
+
+    def identity(self, sample: Sample) -> bytes:
+        """What the labels of a sample are known by: its mask's path; the mask is not read."""
+        return str(sample.mask).encode()
 
 
 def load_labels(

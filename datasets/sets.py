@@ -1,5 +1,6 @@
 """The two torch data sets: random crops to train on, whole images with their masks to evaluate on."""
 
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -80,6 +81,14 @@ class ImageSet(_ImageSet):
         sample = self.samples[index]
         labels = None if self.labels_of is None else self.labels_of(sample)
         return EvalItem(sample.name, normalize(read_rgb(sample.image)), labels, None)
+
+    def identity(self) -> str:
+        """A hash of its images' paths and of their labels."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            labels = b"" if self.labels_of is None else self.labels_of.identity(sample)
+            digest.update(f"{sample.image.resolve()}\0".encode() + labels)
+        return digest.hexdigest()
 
 
 def collate_train(items: list[TrainItem]) -> Batch:

@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
     """cpu or cuda for a program of one process. Raises UserError where there is no such device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible; use --device cpu")
-    return torch.device(name)
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)   # threads are given a device by its index
 
 
 def loader_workers(config: DictConfig, ranks: Ranks) -> int:

@@ -42,10 +42,11 @@ def evaluate(
 
     dataset: of the split config.data.val_split, with `classes`. weights: the checkpoint's path, for the rows.
     Returns one row a label map: `map, dataset, split, images, scales, flip, crf, image_labels, predicted_from,
-    background, input, miou, pixel_accuracy, iou, checkpoint, seconds, evaluation`. Scores are shares in 0..1;
-    image_labels is None for the segmentation, which uses none; background: the threshold, where there is one; input:
-    side of the squares, None for native size; seconds are those of the whole pass, which makes all rows; evaluation:
-    the folder, in evaluation/ beside `results`, with its confusion matrices and the scores of its images.
+    background, input, miou, pixel_accuracy, iou, checkpoint, iteration, seconds, evaluation`. Scores are shares in
+    0..1; image_labels is None for the segmentation, which uses none; background: the threshold, where there is one;
+    input: side of the squares, None for native size; iteration: the checkpoint's, None where its file does not say;
+    seconds are those of the whole pass, which makes all rows; evaluation: the folder, in evaluation/ beside `results`,
+    with its confusion matrices and the scores of its images.
     """
     plan, started = evaluation_plan(config), time.perf_counter()
     images, classes = _first(dataset, config.evaluate.images), len(dataset.classes)
@@ -53,15 +54,16 @@ def evaluate(
     use_tf32(config.train.tf32)
     workers = loader_workers(config, ranks)
     each = ImageScores(plan.rows, config.evaluate.report_images)
+    evaluation = gather(None if results is None or ranks.rank else new_evaluation(results.parent))[0]
+    iteration = checkpoint.read_meta(weights).get("iteration") if Path(weights).is_file() else None
     matrices = score(method, images, classes, plan, ranks, workers, config.evaluate.images_at_once, *folders, each)
     each.gather()
-    evaluation = gather(None if results is None or ranks.rank else new_evaluation(results.parent))[0]
     facts = {"dataset": config.data.name, "split": config.data.val_split, "images": len(images)}
     seconds, names = round(time.perf_counter() - started, 1), ("background", *dataset.classes)
     rows, tables, summary = [], [], []
     for row, matrix in matrices.items():
         scores = Scores(matrix)
-        made_of = {"checkpoint": weights, "seconds": seconds, "evaluation": evaluation}
+        made_of = {"checkpoint": weights, "iteration": iteration, "seconds": seconds, "evaluation": evaluation}
         entry = {**_settings(row, plan, facts), **score_entries(scores, names), **made_of}
         heading = title(entry)
         rows.append(entry)
@@ -70,9 +72,9 @@ def evaluate(
     if ranks.rank == 0:
         print("\n" + "\n\n".join([*tables, "\n".join(["Summary", *summary])]), flush=True)
         if results is not None:
-            write_evaluation(results.parent, evaluation, matrices, dataset.classes, each)
             append_results(results, rows)
             print(f"results: {results}", flush=True)
+            write_evaluation(results.parent, evaluation, matrices, dataset.classes, each)
     barrier()
     return rows
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -23,7 +23,8 @@ from engine.predict import Plan, Prediction, evaluation_mode, predict_batch
 from utils.errors import UserError
 from utils.files import replacing
 
-GPU_BATCH, WAITING = 8, 8
+GPU_BATCH, GPU_PIXELS = 8, 2_000_000   # of the images that a GPU computes together: the number, and at most so many
+WAITING = 8
 SETTINGS = "settings.json"
 
 
@@ -44,9 +45,12 @@ def over_images(
     """Gives an iterator of then(item, prediction), which threads call while the device computes further batches.
 
     items: with `name`, `image` (3, H, W) and `labels` (K,), None where the plan predicts them. batch_size: how many
-    images of one size go through the method together; None: 1 on a CPU, 8 on a GPU. at_once: see `image_threads`.
+    images of one size go through the method together; None: 1 on a CPU, on a GPU 8, fewer of large images. at_once: see
+    `image_threads`.
     """
-    together = batch_size or (GPU_BATCH if device.type == "cuda" else 1)
+    def together(size: torch.Size) -> int:
+        by_pixels = GPU_PIXELS // (size[-2] * size[-1]) if device.type == "cuda" else 1
+        return batch_size or max(1, min(GPU_BATCH, by_pixels))
 
     def computed(group: list[EvalItem]) -> list:
         images = torch.stack([item.image for item in group]).to(device)
@@ -91,15 +95,15 @@ def write_predictions(
     return Written(len(todo) - len(failed), len(share) - len(todo), len(failed), seconds)
 
 
-def same_size(items: Iterable[EvalItem], count: int) -> Iterator[list[EvalItem]]:
-    """The items in lists of up to `count` images of one size. At most WAITING * count of them wait for company."""
+def same_size(items: Iterable[EvalItem], together: Callable[[torch.Size], int]) -> Iterator[list[EvalItem]]:
+    """The items in lists of up to together(size) images of one size. At most WAITING such lists wait for company."""
     waiting: dict[torch.Size, list[EvalItem]] = {}
     for item in items:
         group = waiting.setdefault(item.image.shape, [])
         group.append(item)
-        if len(group) == count:
+        if len(group) == together(item.image.shape):
             yield waiting.pop(item.image.shape)
-        elif sum(map(len, waiting.values())) > WAITING * count:
+        elif sum(len(group) / together(size) for size, group in waiting.items()) > WAITING:
             yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
     yield from waiting.values()
 
@@ -140,11 +144,14 @@ def in_threads(function: Callable, items: Iterable, threads: int, device: torch.
 def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) -> None:
     """Notes in FOLDER/settings.json what its files are made with, so that a second run may go on with them.
 
-    Raises UserError, naming what differs, where they were made with other settings and `overwrite` is not asked for.
+    Raises UserError, unless `overwrite` is asked for, where they were made with other settings, naming what differs,
+    and where the folder holds files and no such note.
     """
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
     if ranks.rank == 0:
         earlier = None if overwrite else _read_settings(path)
+        if earlier is None and not overwrite and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder}: holds files that are not of this tool; give another folder, or --overwrite")
         for key in {**settings, **earlier} if earlier is not None else ():
             if earlier.get(key) != settings.get(key):
                 raise UserError(
@@ -163,10 +170,11 @@ def is_finished(path: Path) -> Callable[[Path], bool]:
     return lambda file: file.is_file() and file.stat().st_mtime_ns >= since
 
 
-def checkpoint_identity(file: str) -> list:
-    """Name, size and time of a weights file, for the settings of what is made with it."""
-    about = Path(file).stat()
-    return [Path(file).name, about.st_size, about.st_mtime_ns]
+def made_with(file: str, plan: Plan, config: DictConfig) -> dict:
+    """What predictions depend on beside the images: the weights file (name, size, time), the plan, the model."""
+    about, model = Path(file).stat(), OmegaConf.to_container(config.model)
+    del model["weights"]   # those it once started from
+    return {"checkpoint": [Path(file).name, about.st_size, about.st_mtime_ns], **plan._asdict(), "model": model}
 
 
 def as_is(item: Any) -> Any:

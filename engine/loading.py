@@ -19,7 +19,7 @@ from engine.checkpoint import classifier_rows, load_weights, read_meta
 from engine.evaluate import check_classes, run_folder
 from model import build_method
 from utils.config import load_config, load_settings
-from utils.download import fetch, registry
+from utils.download import fetch, is_offline, registry
 from utils.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")   # owner/name
@@ -103,7 +103,7 @@ def checkpoint_classes(file: str, config: DictConfig) -> tuple[str, ...]:
 def from_hub(name: str, **how) -> str:
     """The weights file of `owner/name` on the Hub, from its cache if it is there. how: for hf_hub_download."""
     try:
-        return hf_hub_download(name, SAFETENSORS_SINGLE_FILE, **how)
+        return hf_hub_download(name, SAFETENSORS_SINGLE_FILE, **{"local_files_only": is_offline(), **how})
     except Exception as error:   # its own, those of its HTTP client and of the file system
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{name}: no such checkpoint here, and the Hub does not give it: {reason}") from None

@@ -15,7 +15,7 @@ from datasets.samples import Sample
 from datasets.voc import CLASSES
 from utils.errors import UserError
 from utils.files import replacing
-from utils.images import IGNORE, label_image, read_label_map
+from utils.images import IGNORE, label_png, read_label_map
 
 COMPETITIONS = ("comp5", "comp6")
 TEST_IMAGES = 1456   # VOC 2012 segmentation, test
@@ -43,7 +43,7 @@ def write_archive(output: Path, masks: Path, samples: Sequence[Sample], competit
                 ids = read_mask(masks / f"{sample.name}.png", sample.image)
                 member = f"{folder}/{sample.name}.png"
                 sizes[member] = ids.shape[::-1]
-                _add(archive, member, _png(ids))
+                _add(archive, member, label_png(ids))
         check_archive(part, sizes)
 
 
@@ -94,9 +94,3 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     info = tarfile.TarInfo(name)   # no owner, time 0
     info.size, info.mode = len(content), 0o644
     archive.addfile(info, io.BytesIO(content))
-
-
-def _png(ids: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    label_image(ids).save(buffer, "PNG")
-    return buffer.getvalue()

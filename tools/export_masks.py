@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from datasets import EvalItem, ImageSet, build_image_set  # noqa: E402
 from engine.distributed import Ranks, all_reduce_sum, barrier, cleanup, main_first, setup  # noqa: E402
 from engine.evaluate import check_classes  # noqa: E402
-from engine.inference import checkpoint_identity, claim_folder, is_finished, write_predictions  # noqa: E402
+from engine.inference import claim_folder, is_finished, made_with, write_predictions  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from engine.loading import find_checkpoint, open_checkpoint  # noqa: E402
 from engine.masks import check_thresholds, confident_ids, irn_ids, save_irn  # noqa: E402
@@ -115,8 +115,10 @@ def main(argv: list[str]) -> None:
     plan, rule = evaluation_plan(config)._replace(kinds=(options.map,), crf=None), Rule(options, config)
     dataset = build_image_set(config, split)
     check_classes(file, dataset.classes)
-    made_with = {"checkpoint": checkpoint_identity(file), **plan._asdict(), **vars(rule), "split": split}
-    claim_folder(options.output, made_with, options.overwrite, ranks)
+    if any(sample.mask and sample.mask.parent.resolve() == options.output.resolve() for sample in dataset.samples):
+        raise UserError(f"{options.output}: holds the masks of the data set; give another folder")
+    settings = {**made_with(file, plan, config), **vars(rule), "split": split, "images": dataset.identity()}
+    claim_folder(options.output, settings, options.overwrite, ranks)
     is_done = is_finished(options.output)
 
     def path_of(name: str) -> Path:

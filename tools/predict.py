@@ -9,7 +9,7 @@ changes the config of the checkpoint. A second run goes on where the first one s
     OUTPUT/json/NAME.json            written last: class scores, present classes, share of the pixels a class
     OUTPUT/labels/KIND/NAME.png      ids in the VOC palette, at the image's size; KIND_crf after the dense CRF
     OUTPUT/overlays/KIND/NAME.jpg    the same over the image
-    OUTPUT/heat/KIND/NAME/CLASS.jpg  CAM and LAM of every present class
+    OUTPUT/heat/KIND/CLASS/NAME.jpg  CAM and LAM of every present class
 
 Exit code: 1 where an image could not be read, 2 for a mistake in the arguments.
 """
@@ -30,7 +30,7 @@ import torch  # noqa: E402
 
 from datasets import FileItem, ImageFiles, find_images, unique_names  # noqa: E402
 from engine.distributed import Ranks, pick_device  # noqa: E402
-from engine.inference import checkpoint_identity, claim_folder, is_finished, write_predictions  # noqa: E402
+from engine.inference import claim_folder, is_finished, made_with, write_predictions  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from engine.loading import find_checkpoint, open_checkpoint  # noqa: E402
 from engine.pictures import save_picture  # noqa: E402
@@ -40,7 +40,7 @@ from utils.files import replacing  # noqa: E402
 from utils.images import heatmap, overlay, to_uint8, write_label_png  # noqa: E402
 
 LEAST_SIDE = 32        # pixels at the smallest scale, at native size: a patch, and no less, fits
-MOST_PIXELS = 2_000_000
+MOST_PIXELS = 1_000_000
 
 
 class Writer:
@@ -59,7 +59,7 @@ class Writer:
             shares[drawn] = self._shares(full)
         for kind in ("cam", "lam"):
             if kind in self.plan.kinds:
-                self._save_heat(self.output / "heat" / kind / item.name, prediction.maps[kind], prediction, image)
+                self._save_heat(kind, item.name, prediction, image)
         self._save_json(item, prediction, shares)
 
     def _shares(self, ids: np.ndarray) -> dict[str, float]:
@@ -68,10 +68,10 @@ class Writer:
         names = ("background", *self.classes)
         return {name: count / ids.size for name, count in zip(names, counts.tolist(), strict=True) if count}
 
-    def _save_heat(self, folder: Path, maps: torch.Tensor, prediction: Prediction, image: np.ndarray) -> None:
+    def _save_heat(self, kind: str, name: str, prediction: Prediction, image: np.ndarray) -> None:
         for index in prediction.present.nonzero().flatten().tolist():
-            name = self.classes[index].replace("/", "_")
-            save_picture(folder / f"{name}.jpg", heatmap(maps[index].cpu().numpy(), image))
+            folder = self.output / "heat" / kind / self.classes[index].replace("/", "_")
+            save_picture(folder / f"{name}.jpg", heatmap(prediction.maps[kind][index].cpu().numpy(), image))
 
     def _save_json(self, item: FileItem, prediction: Prediction, shares: dict) -> None:
         scores = prediction.class_logits.sigmoid().tolist()
@@ -153,8 +153,8 @@ def main(argv: list[str]) -> None:
         raise UserError("evaluate.image_labels=given: say which with --labels cat,dog")
 
     ranks = Ranks(0, 1, device)
-    made_with = {"checkpoint": checkpoint_identity(file), **plan._asdict(), "labels": options.labels}
-    claim_folder(options.output, {**made_with, "most_pixels": options.most_pixels}, options.overwrite, ranks)
+    settings = {**made_with(file, plan, opened.config), "labels": options.labels, "most_pixels": options.most_pixels}
+    claim_folder(options.output, settings, options.overwrite, ranks)
     names = unique_names(found)
     paths = [image for _, image in found]
     dataset = ImageFiles(paths, names, labels, least_side(plan), options.most_pixels)

@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
-import io
 import json
 import os
 import signal
@@ -27,14 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from tools.sources import Blob, Source, sha256
 from utils.errors import UserError
 from utils.files import replacing
-from utils.images import voc_palette
 
 VERSION = 1  # of the tools: raise it when the files they make change
 MANIFEST, JOURNAL, UNPACKED = "manifest.json", ".preparing.jsonl", ".*.tar"
@@ -286,14 +282,6 @@ def list_task(split: str, lines: Iterable[str]) -> Task:
 
 def to_json(content: Any) -> bytes:
     return (json.dumps(content, indent=0, ensure_ascii=False) + "\n").encode()
-
-
-def label_png(label_map: np.ndarray) -> bytes:
-    """Ids uint8 (H, W) as a palette PNG in the VOC colours."""
-    image, file = Image.fromarray(np.ascontiguousarray(label_map, np.uint8)), io.BytesIO()
-    image.putpalette(voc_palette().tobytes())
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def name_some(names: Iterable[str]) -> str:

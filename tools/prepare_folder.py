@@ -38,10 +38,10 @@ from PIL import Image  # noqa: E402
 from datasets.samples import read_list  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from tools import preparation  # noqa: E402
-from tools.preparation import Preparation, Task, image_task, label_png, list_task, name_some, to_json  # noqa: E402
+from tools.preparation import Preparation, Task, image_task, list_task, name_some, to_json  # noqa: E402
 from tools.sources import Blob, digest_of_listing, sha256  # noqa: E402
 from utils.errors import UserError  # noqa: E402
-from utils.images import IGNORE, read_label_map  # noqa: E402
+from utils.images import IGNORE, label_png, read_label_map  # noqa: E402
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 BACKGROUND, IGNORED = "background", "ignore"
@@ -255,6 +255,9 @@ def main(argv: list[str]) -> None:
         return
     if not options.images or not options.labels:
         raise UserError("--images FOLDER and --labels FILE are needed (or --verify)")
+    for source in filter(None, (options.images, options.masks)):
+        if options.out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{options.out}: lies in {source}, and its files would be found again; give another folder")
     ids = parse_ids(options.ids)
     classes = choose_classes(parse_classes(options.classes), ids, options.masks is not None)
     images = find_files(options.images, IMAGES, "images")
@@ -320,7 +323,7 @@ def _line(name: str) -> str:
 def _command(out: Path, classes: list[str], validated: bool) -> str:
     listed = "data.classes=" + json.dumps(classes, ensure_ascii=False)
     settings = [f"data.root={out}", listed, "data.train_split=train",
-                "data.val_split=val" if validated else "data.val_split=null", "model.weights=FILE"]
+                "data.val_split=val" if validated else "data.val_split=null"]
     command = f"bash run_train.sh scripts/train_voc.py 0 1 29500 {out.resolve().name} {shlex.join(settings)}"
     note = "" if validated else "  (no masks: trains without validation)"
     return f"to train{note}:\n{command}"

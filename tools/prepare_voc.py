@@ -33,10 +33,10 @@ from datasets.samples import read_list  # noqa: E402
 from datasets.voc import CLASSES  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from tools import preparation  # noqa: E402
-from tools.preparation import Preparation, Task, image_task, label_png, list_task, name_some, to_json  # noqa: E402
+from tools.preparation import Preparation, Task, image_task, list_task, name_some, to_json  # noqa: E402
 from tools.sources import Blob, Source, sha256  # noqa: E402
 from utils.errors import UserError  # noqa: E402
-from utils.images import read_label_map  # noqa: E402
+from utils.images import label_png, read_label_map  # noqa: E402
 
 # images of the official lists; train_aug: VOC train and SBD without VOC val
 KNOWN = {"train": 1464, "val": 1449, "trainval": 2913, "train_aug": 10582, "test": 1456}
@@ -215,7 +215,7 @@ def main(argv: list[str]) -> None:
         sources["train_aug"] = sha256(options.train_aug)
     settings = {"images": options.images, "partial": options.partial}
     with Preparation(options.out, preparation.identity("prepare_voc", settings, sources)) as work:
-        if work.complete(options.workers):
+        if not options.compare_labels and work.complete(options.workers):
             print(f"{options.out}: everything is there already")
             return
         parts = read_parts(voc, sbd)
@@ -231,7 +231,7 @@ def main(argv: list[str]) -> None:
         work.finish(counts, [*options.voc, *([options.sbd] if options.sbd else [])])
     shown = ", ".join(f"{split} {count}" for split, count in counts.items())
     print(f"{options.out}: {shown}\nto train: bash run_train.sh scripts/train_voc.py 0 1 29500 voc "
-          f"data.root={options.out} model.weights=FILE")
+          f"data.root={options.out}")
 
 
 def _options(argv: list[str]) -> argparse.Namespace:

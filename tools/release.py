@@ -9,7 +9,6 @@ No file names a folder of this machine. A second call gives the same files; OUT 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from engine.checkpoint import BEST, read_meta, save_weights  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from engine.loading import Opened, open_checkpoint  # noqa: E402
 from engine.results import title  # noqa: E402
+from tools.sources import sha256  # noqa: E402
 from utils.config import load_config, load_settings, portable, save_config  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
@@ -78,10 +78,12 @@ FOLDERS = re.compile(
 
 
 def release(
-    run: Path, out: Path, weights: str = BEST, name: str | None = None, unfinished: bool = False,
+    run: Path, out: Path, weights: str | None = None, name: str | None = None, unfinished: bool = False,
     url: str | None = None, page: str | None = None, licence: str | None = None,
 ) -> bool:
     """Writes the folder `out`; False where it was there already, the same. name: None for the name of `out`.
+
+    weights: a file of the run's checkpoints; None for the best by validation, the last where there was no validation.
 
     Raises UserError for a run that is not finished (unless `unfinished`) or incomplete, for an `out` that holds other
     files, and where what was written does not open or gives other outputs than the run's weights.
@@ -100,7 +102,7 @@ def release(
         file = part / f"{name}.safetensors"
         row = registry_row(name, file, opened, read_meta(file), url, page, licence)
         (part / ROW).write_text(row, encoding="utf-8")
-        sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(part.iterdir())]
+        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(part.iterdir())]
         (part / SUMS).write_text("".join(sums), encoding="utf-8")
         _verify(file, opened)
         return _publish(part, out)
@@ -130,20 +132,22 @@ def registry_row(
     what = f"{config.method} on {config.data.name} {config.data.train_split}, {config.model.backbone}"
     row = {
         "kind": "checkpoint", "url": f"{url.rstrip('/')}/{file.name}" if url else None, "page": page or url,
-        "file": file.name, "size": file.stat().st_size, "sha256": _sha256(file), "licence": licence,
+        "file": file.name, "size": file.stat().st_size, "sha256": sha256(file), "licence": licence,
         "what": what + (f", iteration {meta['iteration']}" if "iteration" in meta else ""),
     }
     return yaml.safe_dump({name: row}, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _checkpoint(run: Path, weights: str, unfinished: bool) -> Path:
-    """The weights file of the run. Raises UserError where the run is not finished, or lacks a file."""
+def _checkpoint(run: Path, weights: str | None, unfinished: bool) -> Path:
+    """The weights file of the run, see `release`. Raises UserError where the run is not finished, or lacks a file."""
+    iterated = sorted(path.name for path in (run / "checkpoints").glob("iter_*.weights.safetensors"))
+    if weights is None:
+        weights = BEST if (run / "checkpoints" / BEST).is_file() or not iterated else iterated[-1]
     for needed in ("config.yaml", "train.log", "metrics.jsonl", f"checkpoints/{weights}"):
         if not (run / needed).is_file():
             raise UserError(f"{run / needed}: no such file; a release is made of the folder of a run")
     iterations = load_config(run / "config.yaml").train.iterations
-    weights_files = (run / "checkpoints").glob("iter_*.weights.safetensors")
-    done = [int(re.findall(r"\d+", path.name)[0]) for path in weights_files]
+    done = [int(re.findall(r"\d+", name)[0]) for name in iterated]
     if not unfinished and iterations not in done:
         raise UserError(
             f"{run}: {max(done, default=0)} of {iterations} iterations are done; continue it with resume=auto, or "
@@ -160,7 +164,8 @@ def _write(part: Path, run: Path, checkpoint: Path, name: str, opened: Opened) -
     meta = {**read_meta(checkpoint), **noted}
     save_weights(part / f"{name}.safetensors", opened.method, meta)
     save_config(OmegaConf.create(settings), part / "config.yaml")
-    rows = [{**row, "checkpoint": f"{name}.safetensors"} for row in _results(run, checkpoint.name)]
+    results = _results(run, checkpoint.name, meta.get("iteration"))
+    rows = [{**row, "checkpoint": f"{name}.safetensors"} for row in results]
     texts = {
         "results.json": json.dumps(rows, indent=1, allow_nan=False) + "\n",
         "metrics.jsonl": (run / "metrics.jsonl").read_text(encoding="utf-8"),
@@ -207,14 +212,15 @@ def _starts(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def _results(run: Path, weights: str) -> list[dict]:
-    """The rows of results.json that are of this weights file."""
+def _results(run: Path, weights: str, iteration: int | None) -> list[dict]:
+    """The rows of results.json that are of this weights file, and not of an earlier one of its name."""
     path = run / "results.json"
     if not path.is_file():
         return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return [row for row in rows if PureWindowsPath(row["checkpoint"]).name == weights]
+        named = [row for row in rows if PureWindowsPath(row["checkpoint"]).name == weights]
+        return [row for row in named if row.get("iteration", iteration) == iteration]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: no list of results ({error})") from None
 
@@ -268,6 +274,7 @@ def _publish(part: Path, out: Path) -> bool:
         if _intact(out) and (out / SUMS).read_bytes() == (part / SUMS).read_bytes():
             return False
         old = part.with_name(part.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)   # of a call that was killed
         os.replace(out, old)
         os.replace(part, out)
         shutil.rmtree(old)
@@ -286,11 +293,7 @@ def _sums(out: Path) -> dict[str, str]:
 def _intact(out: Path) -> bool:
     """Whether a folder is a release and its files have their hashes."""
     sums = _sums(out)
-    return bool(sums) and all((out / name).is_file() and _sha256(out / name) == sums[name] for name in sums)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return bool(sums) and all((out / name).is_file() and sha256(out / name) == sums[name] for name in sums)
 
 
 def _last(path: str) -> str:
@@ -305,7 +308,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; an earlier release is replaced")
-    parser.add_argument("--weights", default=BEST, help="a file of RUN/checkpoints (default: %(default)s)")
+    parser.add_argument("--weights", help="a file of RUN/checkpoints (default: the best; without validation, the last)")
     parser.add_argument("--name", help="of the weights file and the registry's row (default: the name of OUT)")
     parser.add_argument("--unfinished", action="store_true", help="release a run that has not done all its iterations")
     parser.add_argument("--url", help="address the folder will have, for the registry's row")

@@ -191,7 +191,8 @@ def _tar_files(path: Path, named: Path) -> Iterator[tuple[str, Blob]]:
 
 def _unzipped(path: Path, scratch: Path) -> Path:
     """The tar inside a gzip, unpacked once into the folder scratch."""
-    target = scratch / f".{path.name}.tar"
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]   # two archives may have one name
+    target = scratch / f".{path.name}.{place}.tar"
     if not target.exists():
         try:
             with replacing(target) as part, gzip.open(path) as packed, open(part, "wb") as unpacked:

@@ -24,7 +24,7 @@ from datasets import EvalItem, build_image_set  # noqa: E402
 from datasets.voc import CLASSES  # noqa: E402
 from engine.distributed import Ranks, pick_device  # noqa: E402
 from engine.evaluate import check_classes  # noqa: E402
-from engine.inference import checkpoint_identity, claim_folder, is_finished, write_predictions  # noqa: E402
+from engine.inference import claim_folder, is_finished, made_with, write_predictions  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from engine.loading import find_checkpoint, open_checkpoint  # noqa: E402
 from engine.predict import KINDS, Prediction, evaluation_plan, row_name  # noqa: E402
@@ -44,7 +44,8 @@ def predict_masks(options: argparse.Namespace, data: list[str], masks: Path) -> 
     plan, ranks = evaluation_plan(opened.config), Ranks(0, 1, pick_device(options.device))
     dataset, row = build_image_set(opened.config, options.split), plan.rows[-1]
     check_classes(file, CLASSES)
-    claim_folder(masks, {"checkpoint": checkpoint_identity(file), **plan._asdict()}, options.overwrite, ranks)
+    settings = {**made_with(file, plan, opened.config), "images": dataset.identity()}
+    claim_folder(masks, settings, options.overwrite, ranks)
     is_done = is_finished(masks)
 
     def write(item: EvalItem, prediction: Prediction) -> None:

@@ -4,6 +4,7 @@ A file gets its name only once its size and its published hash are right. Enviro
 lie in; WSSS_MIRROR, an address that replaces the registry's; WSSS_OFFLINE=1, no network at all.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -14,7 +15,6 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +90,7 @@ def obtain(
     """`fetch` of a row at hand."""
     path = place(entry, folder)
     mirror = mirror or os.environ.get("WSSS_MIRROR")
-    offline = _offline() if offline is None else offline
+    offline = is_offline() if offline is None else offline
     url = f"{mirror.rstrip('/')}/{entry.file}" if mirror else entry.url
     try:
         if path.exists():
@@ -123,7 +123,8 @@ def default_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def _offline() -> bool:
+def is_offline() -> bool:
+    """Whether WSSS_OFFLINE forbids the network."""
     return os.environ.get("WSSS_OFFLINE", "").lower() not in ("", "0", "false", "no")
 
 
@@ -179,9 +180,9 @@ def _download(entry: Entry, url: str, path: Path, patience: Patience | None) -> 
         raise UserError(f"{url}: the server sends another file than {entry.name}: {fault}")
     os.replace(part, path)
     discard(part)
-    if entry.published:
-        check(entry, path)
-    else:
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(_memory(part), _memory(path))
+    if entry.published is None:
         log.warning("%s: %s", path, NOT_VERIFIED)
 
 
@@ -194,7 +195,10 @@ def _fault(entry: Entry, part: Path) -> str | None:
         return _cannot_be_opened(part, entry.file)
     algorithm, published = entry.published
     digest = _digest(part, algorithm)
-    return None if digest.startswith(published) else f"{algorithm} {digest[:16]}..., published is {published[:16]}"
+    if not digest.startswith(published):
+        return f"{algorithm} {digest[:16]}..., published is {published[:16]}"
+    _remember(part, algorithm, digest)
+    return None
 
 
 def _cannot_be_opened(path: Path, name: str | None = None) -> str | None:
@@ -220,7 +224,7 @@ def _cannot_be_opened(path: Path, name: str | None = None) -> str | None:
     return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """One process at a time downloads a file; the others wait, and find it there."""
     lock = FileLock(path.with_name(f".{path.name}.lock"))

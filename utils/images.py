@@ -4,6 +4,7 @@ Ids in a label map: 0 background, 1..K classes, 255 ignore.
 """
 
 import functools
+import io
 from pathlib import Path
 
 import cv2
@@ -96,6 +97,13 @@ def label_image(label_map: np.ndarray) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(label_map, dtype=np.uint8))
     image.putpalette(voc_palette().tobytes())
     return image
+
+
+def label_png(label_map: np.ndarray) -> bytes:
+    """The file of `label_image`."""
+    file = io.BytesIO()
+    label_image(label_map).save(file, "PNG")
+    return file.getvalue()
 
 
 def write_label_png(path: str | Path, label_map: np.ndarray) -> None:

@@ -75,8 +75,8 @@ def _split_positions(
     if table.ndim != 3 or table.shape[::2] != (1, dim):
         raise UserError(f"start weights: 'pos_embed' has shape {tuple(table.shape)}, expected (1, n, {dim})")
     count = table.shape[1]
-    choices = [(tokens, (math.isqrt(max(count - tokens, 0)),) * 2) for tokens in (0, 1, 1 + registers)]
-    choices += [(tokens, grid) for tokens, _ in choices]
+    choices = [(tokens, grid) for tokens in (0, 1, 1 + registers)]   # ours first: 9x16 is as many as 12x12
+    choices += [(tokens, (math.isqrt(max(count - tokens, 0)),) * 2) for tokens, _ in choices]
     for tokens, (h, w) in choices:
         if h * w and tokens + h * w == count:
             of_tokens = torch.zeros(1, 1 + registers, dim)

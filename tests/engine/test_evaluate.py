@@ -29,7 +29,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ["map", "dataset", "split", "images", "scales", "flip", "crf", "image_labels", "predicted_from", "background",
           "input", "miou", "pixel_accuracy", "iou",
-          "checkpoint", "seconds", "evaluation"]
+          "checkpoint", "iteration", "seconds", "evaluation"]
 
 
 def sigmoid(x: float) -> float:
@@ -264,7 +264,7 @@ def test_images_of_one_size_go_together(base_size):
 
 def test_same_size_loses_and_mixes_nothing():
     items = [FakeSet(1)[index] for index in range(200)]
-    groups = list(same_size(iter(items), 3))
+    groups = list(same_size(iter(items), lambda size: 3))
     assert sorted(item.name for group in groups for item in group) == sorted(item.name for item in items)
     assert all(len({item.image.shape for item in group}) == 1 and len(group) <= 3 for group in groups)
     taken = 0
@@ -275,7 +275,7 @@ def test_same_size_loses_and_mixes_nothing():
             yield item
 
     given = 0
-    for group in same_size(counted(), 3):
+    for group in same_size(counted(), lambda size: 3):
         given += len(group)
         assert taken - given <= 3 * 8   # so many wait at most
 

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from datasets import coco, voc
 from engine.checkpoint import save_weights
-from engine.loading import checkpoint_config, find_checkpoint, open_checkpoint
+from engine.loading import checkpoint_config, find_checkpoint, from_hub, open_checkpoint
 from model import build_method
 from model.more.official import official_shapes
 from utils.config import load_config, portable, save_config
@@ -135,6 +135,14 @@ def test_the_hub_is_asked_for_an_id(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="somebody/some-model: no such checkpoint here, and the Hub does not give it: "):
         open_checkpoint("somebody/some-model")
+
+
+def test_offline_asks_nobody(monkeypatch):
+    asked = []
+    monkeypatch.setenv("WSSS_OFFLINE", "1")
+    monkeypatch.setattr("engine.loading.hf_hub_download", lambda *_, **how: asked.append(how["local_files_only"]))
+    from_hub("somebody/some-model")
+    assert asked == [True]
 
 
 def test_settings_that_are_not_ours_are_named(tmp_path):

@@ -123,6 +123,26 @@ def test_goes_on_and_needs_no_masks(checkpoint, tiny_voc, tmp_path, capsys):
     assert first.keys() == again.keys() and {name for name in first if first[name] != again[name]} == {"tiny_009"}
     with pytest.raises(UserError, match=r"made with high = 0\.7, not 0\.9; give another folder, or --overwrite"):
         tool.main([*arguments, "split=val", "map=cam", "high=0.9"])
+    with pytest.raises(UserError, match=r"made with model = .*; give another folder, or --overwrite"):
+        tool.main([*arguments, "split=val", "map=cam", "model.token_ratio=0.3"])
+    labels = tiny_voc / "labels.json"
+    labels.write_text(labels.read_text().replace("dog", "cat"))
+    with pytest.raises(UserError, match=r"made with images = .*; give another folder, or --overwrite"):
+        tool.main([*arguments, "split=val", "map=cam"])
+
+
+def test_files_of_others_stay(checkpoint, tiny_voc, tmp_path):
+    arguments = [f"checkpoint={checkpoint}", f"data.root={tiny_voc}", "data.workers=0", "split=val", "map=cam"]
+    masks = tiny_voc / "SegmentationClassAug"
+    before = {path.name: path.read_bytes() for path in masks.iterdir()}
+    for overwrite in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match="SegmentationClassAug: holds the masks of the data set"):
+            tool.main([*arguments, f"output={masks}", *overwrite])
+    assert before == {path.name: path.read_bytes() for path in masks.iterdir()}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="out: holds files that are not of this tool; give another folder"):
+        tool.main([*arguments, f"output={tmp_path / 'out'}"])
 
 
 def test_the_rule_of_unsure_pixels():

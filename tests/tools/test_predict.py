@@ -109,8 +109,8 @@ def check_image(out: Path, name: str, size: tuple[int, int], prediction) -> None
     assert list(entry["scores"].values()) == pytest.approx([1 / (1 + np.exp(-x)) for x in logits], abs=1e-6)
     present = [label for label, logit in zip(CLASSES, logits, strict=True) if logit > 0]
     assert entry["present"] == present and entry["image_labels"] == "predicted by the classifier"
-    heat = out / "heat" / "lam" / name
-    assert sorted(path.stem for path in heat.glob("*")) == sorted(present)
+    folder = out / "heat" / "lam"
+    assert [label for label in CLASSES if (folder / label / f"{name}.jpg").is_file()] == present
 
 
 def test_fifty_real_images(checkpoint, shared_data, tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_given_labels_and_a_list_on_stdin(checkpoint, tmp_path, monkeypatch):
     entry = json.loads((out / "json" / "a b.json").read_text())
     assert entry["present"] == ["cat", "dog"] and entry["image_labels"] == "given"
     assert set(entry["shares"]["cam"]) <= {"background", "cat", "dog"}
-    assert sorted(path.name for path in (out / "heat" / "cam" / "a b").iterdir()) == ["cat.jpg", "dog.jpg"]
+    assert sorted(path.parent.name for path in (out / "heat" / "cam").glob("*/a b.jpg")) == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,10 @@ def test_too_small_for_native_size(tmp_path):
                                                          "evaluate.seg_scales=[0.5,1.0]"]))
     paths = [tmp_path / "one.png", tmp_path / "enough.png", tmp_path / "absent.png"]
     items = ImageFiles(paths, ["one", "enough", "absent"], None, tool.least_side(plan), 10**6)
-    assert items[0] == Unreadable("one", f"{paths[0]}: an image of 1x1 pixels, at native size a side needs 64 or more;"
+    assert items[0] == Unreadable("one", f"{paths[0]}: 1x1 pixels are computed, at native size a side needs 64 or more;"
                                          " give evaluate.base_size")
+    reduced = ImageFiles(paths, ["one", "enough", "absent"], None, tool.least_side(plan), 1000)[1]
+    assert isinstance(reduced, Unreadable) and "33x30 pixels are computed" in reduced.reason
     assert items[1].image.shape == (3, 64, 70)
     assert items[2] == Unreadable("absent", f"{paths[2]}: image file is missing")
 

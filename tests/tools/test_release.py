@@ -119,6 +119,32 @@ def test_a_second_call_changes_nothing_and_mends_what_is_damaged(run, out):
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+def test_scores_of_an_earlier_best_are_left_out(run, tmp_path):
+    """best.weights is written anew while a run goes on; the rows of both name the same file."""
+    results = run / "results.json"
+    own = results.read_text()
+    rows = json.loads(own)
+    assert {row["iteration"] for row in rows} == {2}
+    try:
+        results.write_text(json.dumps([{**rows[0], "iteration": 1, "miou": 0.99}, *rows]))
+        release.release(run, tmp_path / "x")
+        kept = json.loads((tmp_path / "x" / "results.json").read_text())
+        assert [row["miou"] for row in kept] == [row["miou"] for row in rows]
+    finally:
+        results.write_text(own)
+
+
+def test_a_run_without_validation_gives_its_last_weights(run, tmp_path):
+    best = run / "checkpoints" / "best.weights.safetensors"
+    aside = best.rename(best.with_name("aside"))
+    try:
+        assert release.release(run, tmp_path / "x")
+        assert read_meta(tmp_path / "x" / "x.safetensors")["iteration"] == 2
+        assert "These weights were not scored." in (tmp_path / "x" / "README.md").read_text()
+    finally:
+        aside.rename(best)
+
+
 def test_a_folder_of_other_things_stays(run, out, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds notes\.txt, which is no part of a release"):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from engine.distributed import pick_device
 from engine.loading import open_checkpoint
 from engine.predict import evaluation_plan, predict
 from engine.submission import check_archive
@@ -152,6 +154,13 @@ def test_an_archive_that_is_not_what_was_written(voc, masks, tmp_path):
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:2000]))
     with pytest.raises(UserError, match=r"one\.tgz: the archive cannot be read back"):
         check_archive(path, sizes)
+
+
+def test_the_gpu_has_an_index(monkeypatch):
+    """Threads are given their device by it: torch.cuda.set_device refuses a device without."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert pick_device("cuda").index == 0
+    assert pick_device("cpu") == torch.device("cpu")
 
 
 def test_other_mistakes(voc, masks, tmp_path):
