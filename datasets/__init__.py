@@ -57,7 +57,7 @@ def build_image_set(config: DictConfig, split: str) -> ImageSet:
     if config.evaluate.image_labels == "given":
         return ImageSet(*_load(config.data, split, need_masks=config.data.image_labels == MASKS))
     samples, _ = _samples(config.data, split, need_masks=False)
-    return ImageSet(samples, None, class_names(config.data))
+    return ImageSet(samples, None, _classes_of(config.data))
 
 
 def class_names(data: DictConfig) -> tuple[str, ...]:
@@ -70,8 +70,20 @@ def _load(
 ) -> tuple[list[Sample], Callable[[Sample], torch.Tensor], tuple[str, ...]]:
     """Samples, labels (a function of a sample) and classes of a split."""
     samples, list_path = _samples(data, split, need_masks)
-    classes = class_names(data)
+    classes = _classes_of(data)
     return samples, load_labels(data.image_labels, find_root(data), list_path.parent, samples, classes), classes
+
+
+def _classes_of(data: DictConfig) -> tuple[str, ...]:
+    """As `class_names`, but the folder's own classes.txt, one name a line, comes before the data set's."""
+    own = find_root(data) / "classes.txt"
+    if data.classes or not own.is_file():
+        return class_names(data)
+    names = [line.strip() for line in own.read_text(encoding="utf-8").splitlines() if line.strip()]
+    classes = tuple(name for name in names if name != "background")
+    if not classes or len(set(names)) != len(names):
+        raise UserError(f"{own}: expected the names of the classes, all different, one a line; or give data.classes")
+    return classes
 
 
 def _samples(data: DictConfig, split: str, need_masks: bool) -> tuple[list[Sample], Path]:

@@ -28,7 +28,9 @@ def find_list(split: str, folders: tuple[Path, ...], root: Path) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise UserError(f"split {split!r} not found: looked for {', '.join(map(str, candidates))}")
+    there = sorted({path.stem for folder in folders for path in folder.glob("*.txt") if path.stem != "classes"})
+    known = f"; there are {', '.join(there)}" if there else ""
+    raise UserError(f"split {split!r} not found: looked for {', '.join(map(str, candidates))}{known}")
 
 
 def read_list(path: Path) -> list[list[str]]:

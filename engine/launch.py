@@ -31,6 +31,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of engine/, so that the project's packages are found from any folder
 
 from utils.errors import UserError  # noqa: E402
+from utils.offline import is_offline  # noqa: E402
 
 ERROR_FILE = "WSSS_ERROR_FILE"  # names the file that takes the first mistake of all processes
 DEVICE = "WSSS_DEVICE"  # cpu or cuda
@@ -161,6 +162,7 @@ def environment(ids: list[int] | None, count: int) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": ",".join(visible[i] if visible else str(i) for i in ids or ()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT),
+        **({"HF_HUB_OFFLINE": "1"} if is_offline() else {}),   # for timm's weights
     }
 
 
@@ -185,10 +187,10 @@ def launch(script: Path, count: int, port: int, arguments: Sequence[str]) -> int
                 raise UserError(mistake.read_text(encoding="utf-8")) from None
             _, failure = error.get_first_failure()
             return _exit_code(failure.exitcode, failure.local_rank)
-        except SignalException as error:
-            return 128 + error.sigval
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
+        except (SignalException, KeyboardInterrupt) as error:
+            go_on = "; resume=auto goes on from the last checkpoint" if script.stem.startswith("train") else ""
+            print(f"\ninterrupted{go_on}", file=sys.stderr)
+            return 128 + getattr(error, "sigval", signal.SIGINT)
     return 0
 
 

@@ -19,13 +19,15 @@ from engine.checkpoint import classifier_rows, load_weights, read_meta
 from engine.evaluate import check_classes, run_folder
 from model import build_method
 from utils.config import load_config, load_settings
-from utils.download import fetch, is_offline, registry
+from utils.download import fetch, registry
 from utils.errors import UserError
+from utils.offline import is_offline
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")   # owner/name
 ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")   # of files: what ends so is no name on the Hub
 DEFAULTS = {80: "more_coco"}   # by the number of classes, for a file that does not say what it is; else:
 DEFAULT = "more_voc"
+SUMS = "SHA256SUMS"   # a folder that holds it is a release, and stays as it is
 
 
 class Opened(NamedTuple):

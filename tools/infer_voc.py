@@ -11,7 +11,7 @@ from engine.checkpoint import load_weights
 from engine.distributed import cleanup, setup
 from engine.evaluate import check_classes, evaluate, run_folder
 from engine.launch import run_script
-from engine.loading import checkpoint_config, find_checkpoint
+from engine.loading import SUMS, checkpoint_config, find_checkpoint
 from model import build_method
 from utils.config import split_config
 from utils.errors import UserError
@@ -34,8 +34,9 @@ def main(argv: list[str], default: str = "more_voc", settings: tuple[str, ...] =
 
 
 def results_folder(argv: list[str], weights: str) -> Path:
-    """The run of the weights; this folder where they were given by a name, and so lie among other downloads."""
-    return run_folder(weights) if Path(_checkpoints(argv)[-1]).exists() else Path()
+    """The run of the weights; this folder where they are a release, or were given by a name and lie among downloads."""
+    folder = run_folder(weights)
+    return folder if Path(_checkpoints(argv)[-1]).exists() and not (folder / SUMS).is_file() else Path()
 
 
 def split_checkpoint(argv: list[str]) -> tuple[str, list[str]]:

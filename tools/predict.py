@@ -15,6 +15,7 @@ Exit code: 1 where an image could not be read, 2 for a mistake in the arguments.
 """
 
 import argparse
+import glob
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -142,6 +143,9 @@ def least_side(plan: Plan) -> int:
 def main(argv: list[str]) -> None:
     pairs, rest = take_settings(argv)
     options = _parser().parse_intermixed_args(rest)
+    for text in options.inputs:
+        if text != "-" and not glob.has_magic(text) and not Path(text).exists():
+            raise UserError(f"{text}: no such image or folder")
     inputs = [line for text in options.inputs for line in (_stdin_lines() if text == "-" else [text])]
     found = find_images(inputs, options.output)
     device = pick_device(options.device)

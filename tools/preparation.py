@@ -16,22 +16,25 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import signal
 from argparse import ArgumentParser
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from tools.sources import Blob, Source, sha256
 from utils.errors import UserError
 from utils.files import replacing
 
+ROOT = Path(__file__).resolve().parents[1]
 VERSION = 1  # of the tools: raise it when the files they make change
 MANIFEST, JOURNAL, UNPACKED = "manifest.json", ".preparing.jsonl", ".*.tar"
 WAITING = 4  # results a process may be ahead
@@ -145,24 +148,35 @@ class Preparation:
         for line in text.splitlines():
             with contextlib.suppress(ValueError):
                 contents.append(json.loads(line))
-        if not contents:
+        records = {content[0]: Record(*content) for content in contents[1:]}
+        if not contents or (contents[0] != self.identity and not self.finished):
+            for name in records:   # of a call that was not right, or gave up
+                (self.root / name).unlink(missing_ok=True)
+            self.journal.truncate(0)
             self._note(self.identity)
             return {}
         self._check_identity(contents[0])
-        return {content[0]: Record(*content) for content in contents[1:]}
+        return records
 
     def _check_identity(self, earlier: dict) -> None:
-        for key, value in self.identity.items():
-            if earlier.get(key) != value:
-                raise UserError(
-                    f"{self.root}: was prepared with other {key}, {json.dumps(earlier.get(key))} instead of "
-                    f"{json.dumps(value)}; name another folder, or delete this one"
-                )
+        known = {key: earlier.get(key) for key in self.identity}
+        for name, theirs, ours in _differences(known, self.identity):
+            raise UserError(
+                f"{self.root}: was prepared with other {name}, {_short(theirs)} instead of "
+                f"{_short(ours)}; name another folder, or delete this one"
+            )
 
     def _note(self, content: dict | Record) -> None:
         with _naming(self.root / JOURNAL):
             self.journal.write(json.dumps(content) + "\n")
             self.journal.flush()
+
+
+def train_command(script: str, name: str, settings: Sequence[str]) -> str:
+    """The command that trains on prepared data, as it can be run here."""
+    device = "0" if torch.cuda.is_available() else "cpu"
+    launcher = shlex.quote(os.path.relpath(ROOT / "run_train.sh"))
+    return f"bash {launcher} scripts/{script} {device} 1 29500 {shlex.quote(name)} {shlex.join(settings)}"
 
 
 def identity(tool: str, settings: dict, sources: dict[str, Source | str]) -> dict:
@@ -282,6 +296,21 @@ def list_task(split: str, lines: Iterable[str]) -> Task:
 
 def to_json(content: Any) -> bytes:
     return (json.dumps(content, indent=0, ensure_ascii=False) + "\n").encode()
+
+
+def _differences(theirs: dict, ours: dict, within: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, their value, our value) of the entries that differ, names with the dictionaries they stand in."""
+    for key in {**ours, **theirs}:
+        pair = theirs.get(key), ours.get(key)
+        if all(isinstance(value, dict) for value in pair):
+            yield from _differences(*pair, f"{within}{key} ")
+        elif pair[0] != pair[1]:
+            yield f"{within}{key}", *pair
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def name_some(names: Iterable[str]) -> str:

@@ -35,7 +35,7 @@ from datasets.coco import CLASSES  # noqa: E402
 from datasets.labels import labels_of_mask  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from tools import preparation  # noqa: E402
-from tools.preparation import Preparation, Task, image_task, list_task, name_some, to_json  # noqa: E402
+from tools.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command  # noqa: E402
 from tools.sources import Blob, Source, sha256  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.images import label_png, read_label_map  # noqa: E402
@@ -211,7 +211,7 @@ def _report(out: Path, counts: dict[str, int]) -> None:
     for split, known in KNOWN.items():
         if counts[split] != known:
             print(f"{split} has {counts[split]} annotated images, COCO 2014 has {known}")
-    print(f"to train: bash run_train.sh scripts/train_coco.py 0,1 2 29500 coco data.root={out}")
+    print(f"to train: {train_command('train_coco.py', 'coco', [f'data.root={out}'])}")
 
 
 def _options(argv: list[str]) -> argparse.Namespace:

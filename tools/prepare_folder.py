@@ -22,7 +22,6 @@ import csv
 import difflib
 import json
 import random
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ from PIL import Image  # noqa: E402
 from datasets.samples import read_list  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from tools import preparation  # noqa: E402
-from tools.preparation import Preparation, Task, image_task, list_task, name_some, to_json  # noqa: E402
+from tools.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command  # noqa: E402
 from tools.sources import Blob, digest_of_listing, sha256  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.images import IGNORE, label_png, read_label_map  # noqa: E402
@@ -324,7 +323,7 @@ def _command(out: Path, classes: list[str], validated: bool) -> str:
     listed = "data.classes=" + json.dumps(classes, ensure_ascii=False)
     settings = [f"data.root={out}", listed, "data.train_split=train",
                 "data.val_split=val" if validated else "data.val_split=null"]
-    command = f"bash run_train.sh scripts/train_voc.py 0 1 29500 {out.resolve().name} {shlex.join(settings)}"
+    command = train_command("train_voc.py", out.resolve().name, settings)
     note = "" if validated else "  (no masks: trains without validation)"
     return f"to train{note}:\n{command}"
 

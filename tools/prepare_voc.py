@@ -33,7 +33,7 @@ from datasets.samples import read_list  # noqa: E402
 from datasets.voc import CLASSES  # noqa: E402
 from engine.launch import run_script  # noqa: E402
 from tools import preparation  # noqa: E402
-from tools.preparation import Preparation, Task, image_task, list_task, name_some, to_json  # noqa: E402
+from tools.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command  # noqa: E402
 from tools.sources import Blob, Source, sha256  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.images import label_png, read_label_map  # noqa: E402
@@ -230,8 +230,7 @@ def main(argv: list[str]) -> None:
         counts = {split: len(names) for split, names in lists.items()}
         work.finish(counts, [*options.voc, *([options.sbd] if options.sbd else [])])
     shown = ", ".join(f"{split} {count}" for split, count in counts.items())
-    print(f"{options.out}: {shown}\nto train: bash run_train.sh scripts/train_voc.py 0 1 29500 voc "
-          f"data.root={options.out}")
+    print(f"{options.out}: {shown}\nto train: {train_command('train_voc.py', 'voc', [f'data.root={options.out}'])}")
 
 
 def _options(argv: list[str]) -> argparse.Namespace:

@@ -28,13 +28,13 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from engine.checkpoint import BEST, read_meta, save_weights  # noqa: E402
 from engine.launch import run_script  # noqa: E402
-from engine.loading import Opened, open_checkpoint  # noqa: E402
+from engine.loading import SUMS, Opened, open_checkpoint  # noqa: E402
 from engine.results import title  # noqa: E402
 from tools.sources import sha256  # noqa: E402
 from utils.config import load_config, load_settings, portable, save_config  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
-SUMS, ROW = "SHA256SUMS", "registry_row.yaml"
+ROW = "registry_row.yaml"
 CARD = """# {name}
 
 Weakly supervised semantic segmentation, learned from image-level labels.
@@ -220,7 +220,8 @@ def _results(run: Path, weights: str, iteration: int | None) -> list[dict]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         named = [row for row in rows if PureWindowsPath(row["checkpoint"]).name == weights]
-        return [row for row in named if row.get("iteration", iteration) == iteration]
+        own = [row for row in named if row.get("iteration", iteration) == iteration]
+        return list({title(row): row for row in own}.values())   # of the same thing evaluated again, the last
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: no list of results ({error})") from None
 

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError
+from utils.offline import is_offline
 from utils.transfer import Patience, discard, transfer
 
 REGISTRY = Path(__file__).resolve().parents[1] / "weights" / "registry.yaml"
@@ -121,11 +122,6 @@ def default_folder() -> Path:
     import torch.hub  # takes seconds
 
     return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def is_offline() -> bool:
-    """Whether WSSS_OFFLINE forbids the network."""
-    return os.environ.get("WSSS_OFFLINE", "").lower() not in ("", "0", "false", "no")
 
 
 def by_hand(entry: Entry, folder: Path, why: str) -> str:

@@ -1,5 +1,6 @@
 """A plain timm vision transformer with one class token per class (MoRe, section 3.1; after MCTformer)."""
 
+import difflib
 from typing import NamedTuple
 
 import timm
@@ -106,7 +107,9 @@ def _plain_vit(name: str, args: dict) -> VisionTransformer:
     try:
         vit = timm.create_model(name, pretrained=False, num_classes=0, **args)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        reason = str(error) or "timm cannot build it"
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        known = f"; did you mean {near[0]}?" if near and not timm.is_model(name) else ""
+        reason = (str(error) or "timm cannot build it") + known
         raise UserError(f"model.backbone={name}, model.backbone_args={args}: {reason}") from None
     reason = _not_plain(vit)
     if reason:

@@ -277,3 +277,20 @@ def test_real_coco_images(shared_data, tmp_path):
     for i in range(0, len(train), max(1, len(train) // 6)):
         item = train[i, i]
         assert {train.classes[k] for k in item.labels.nonzero().flatten()} == set(names[item.name])
+
+
+def test_the_folders_own_classes_come_before_the_data_sets(tiny_voc):
+    (tiny_voc / "classes.txt").write_text("nut\nbolt\n")
+    (tiny_voc / "labels.json").write_text(json.dumps({f"tiny_{i:03d}": ["bolt"] for i in range(12)}))
+    train_set = build_train_set(config_of(tiny_voc))
+    assert train_set.classes == ("nut", "bolt") and train_set[0, 0].labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match="unknown class 'bolt'"):
+        build_train_set(config_of(tiny_voc, classes=["screw"]))
+    (tiny_voc / "classes.txt").write_text("nut\nnut\n")
+    with pytest.raises(UserError, match=r"classes\.txt: expected the names of the classes, all different"):
+        build_train_set(config_of(tiny_voc))
+
+
+def test_a_split_that_is_not_there_is_told_which_are(tiny_voc):
+    with pytest.raises(UserError, match="split 'trian' not found: .*; there are train, train_aug, val$"):
+        build_train_set(config_of(tiny_voc, train_split="trian"))

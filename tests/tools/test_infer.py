@@ -33,6 +33,8 @@ def test_results_go_to_the_run_or_here(tmp_path):
     assert results_folder([f"checkpoint={path}"], str(path)) == tmp_path
     assert results_folder([f"checkpoint={path.parent}"], str(path)) == tmp_path
     assert results_folder(["checkpoint=more_voc_official"], str(path)) == Path()
+    (tmp_path / "SHA256SUMS").touch()
+    assert results_folder([f"checkpoint={path.parent}"], str(path)) == Path(), "a release stays as it is"
 
 
 def test_results_that_cannot_be_written(tmp_path):

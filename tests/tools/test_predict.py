@@ -220,6 +220,12 @@ def test_mistakes(checkpoint, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_not_there(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such image or folder"):
+        tool.main([str(checkpoint), str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_small_for_native_size(tmp_path):
     for name, size in (("one", (1, 1)), ("enough", (64, 70))):
         picture(0, size).save(tmp_path / f"{name}.png")

@@ -62,7 +62,7 @@ def with_classes(mine, *more):
 def printed_config(out, *more):
     """The config of the command that the tool printed, as run_train.sh passes it on."""
     command = shlex.split(out.strip().splitlines()[-1])
-    assert command[:2] == ["bash", "run_train.sh"] and len(command[2:7]) == 5
+    assert command[0] == "bash" and command[1].endswith("run_train.sh") and len(command[2:7]) == 5
     return load_config(*split_config([f"tag={command[6]}", *command[7:], "data.crop_size=8", *more], "more_voc"))
 
 
@@ -166,6 +166,19 @@ def test_a_second_call_and_the_choice_of_val(mine, capsys):
     with pytest.raises(UserError, match="prepared with other sources"):
         prepare_folder.main(with_classes(mine, "--val-share", 0.5))
     prepare_folder.main([str(mine / "out"), "--verify", "--workers", "1"])
+
+
+def test_what_gave_up_gives_way_to_other_settings(mine):
+    """A first call with the wrong ids fails halfway; the right one need not be in another folder."""
+    Image.fromarray(np.full(SIZE, 9, np.uint8)).save(mine / "masks/c.png")
+    with pytest.raises(UserError, match=r"c\.png: mask holds id 9"):
+        prepare_folder.main(with_classes(mine))
+    assert list((mine / "out/JPEGImages").iterdir()), "it was halfway"
+    prepare_folder.main(arguments(mine, "--ids", "0=background,1=nut,2=bolt,3=hot dog,9=ignore,255=ignore"))
+    assert (ids(mine / "out/SegmentationClassAug/c.png") == 255).all()
+    prepare_folder.main([str(mine / "out"), "--verify", "--workers", "1"])
+    with pytest.raises(UserError, match="prepared with other settings ids, {.* instead of null; name another"):
+        prepare_folder.main(with_classes(mine))
 
 
 def write(name, text):

@@ -354,6 +354,7 @@ def test_the_command(prepared, archives, tmp_path):
                                                                               "--workers", 2)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "train_aug 5" in done.stdout and "bash run_train.sh" in done.stdout and "100%" in done.stderr
+    assert "train_aug 5" in done.stdout and "100%" in done.stderr
+    assert "run_train.sh scripts/train_voc.py" in done.stdout and "1 29500 voc data.root=out" in done.stdout
     assert snapshot(tmp_path / "out").keys() == snapshot(prepared).keys()
     assert without_manifest(tmp_path / "out") == without_manifest(prepared)
