@@ -12,7 +12,7 @@ from bilateralfilter import _extension
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")  # in the order in which they are loaded before Python
-SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZE = ["-O0", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 BEGIN = """
 import sys
