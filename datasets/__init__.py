@@ -56,8 +56,9 @@ def build_image_set(config: DictConfig, split: str) -> ImageSet:
     """
     if config.evaluate.image_labels == "given":
         return ImageSet(*_load(config.data, split, need_masks=config.data.image_labels == MASKS))
-    samples, _ = _samples(config.data, split, need_masks=False)
-    return ImageSet(samples, None, _classes_of(config.data))
+    root = find_root(config.data)
+    samples, _ = _samples(config.data, root, split, need_masks=False)
+    return ImageSet(samples, None, _classes_of(config.data, root))
 
 
 def class_names(data: DictConfig) -> tuple[str, ...]:
@@ -69,14 +70,15 @@ def _load(
     data: DictConfig, split: str, need_masks: bool
 ) -> tuple[list[Sample], Callable[[Sample], torch.Tensor], tuple[str, ...]]:
     """Samples, labels (a function of a sample) and classes of a split."""
-    samples, list_path = _samples(data, split, need_masks)
-    classes = _classes_of(data)
-    return samples, load_labels(data.image_labels, find_root(data), list_path.parent, samples, classes), classes
+    root = find_root(data)
+    samples, list_path = _samples(data, root, split, need_masks)
+    classes = _classes_of(data, root)
+    return samples, load_labels(data.image_labels, root, list_path.parent, samples, classes), classes
 
 
-def _classes_of(data: DictConfig) -> tuple[str, ...]:
+def _classes_of(data: DictConfig, root: Path) -> tuple[str, ...]:
     """As `class_names`, but the folder's own classes.txt, one name a line, comes before the data set's."""
-    own = find_root(data) / "classes.txt"
+    own = root / "classes.txt"
     if data.classes or not own.is_file():
         return class_names(data)
     names = [line.strip() for line in own.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -86,11 +88,9 @@ def _classes_of(data: DictConfig) -> tuple[str, ...]:
     return classes
 
 
-def _samples(data: DictConfig, split: str, need_masks: bool) -> tuple[list[Sample], Path]:
+def _samples(data: DictConfig, root: Path, split: str, need_masks: bool) -> tuple[list[Sample], Path]:
     """The samples of a split, and its list."""
-    if data.name not in LAYOUTS:
-        raise UserError(f"data.name={data.name}: known data sets are {', '.join(LAYOUTS)}")
-    layout, root = LAYOUTS[data.name], find_root(data)
+    layout = LAYOUTS[data.name]
     list_path = find_list(split, layout.list_folders(root), root)
     return layout.read_samples(root, list_path, need_masks), list_path
 
@@ -98,8 +98,10 @@ def _samples(data: DictConfig, split: str, need_masks: bool) -> tuple[list[Sampl
 def find_root(data: DictConfig) -> Path:
     """The data's folder: data.root, else the environment variable of the data set; shapes are generated if need be.
 
-    Raises UserError where neither is given (but for shapes) or the folder is missing.
+    Raises UserError for an unknown data.name, and where neither is given (but for shapes) or the folder is missing.
     """
+    if data.name not in LAYOUTS:
+        raise UserError(f"data.name={data.name}: known data sets are {', '.join(LAYOUTS)}")
     if data.name == "shapes":
         own = SHAPES_FOLDER / "v{}_seed{seed}_{train}_{val}_{size}px".format(shapes.VERSION, **data.shapes)
         root = Path(data.root).expanduser() if data.root else own

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.predict import threshold
+from engine.predict import present_ids, threshold
 from model.multi_scale import resize
 from utils.crf import dense_crf
 from utils.errors import UserError
@@ -65,7 +65,7 @@ def check_thresholds(high: float, low: float) -> None:
 
 def _refined(ids: Tensor, present: Tensor, image: np.ndarray, crf: dict) -> Tensor:
     """Ids (H, W) after the dense CRF, which starts from CONFIDENCE in them and shares the rest among the others."""
-    known = torch.cat([present.new_zeros(1, dtype=torch.long), present.nonzero().flatten() + 1])
+    known = present_ids(present)
     if len(known) == 1:
         return ids
     rest = (1 - CONFIDENCE) / (len(known) - 1)

@@ -151,7 +151,7 @@ def predict_batch(
 
 def threshold(maps: Tensor, present: Tensor, bkg: float) -> Tensor:
     """Ids (H, W) of maps (K, H, W): the largest present one's, 0 where its value is <= bkg or none is present."""
-    ids = _ids(present)
+    ids = present_ids(present)
     if len(ids) == 1:
         return torch.zeros(maps.shape[-2:], dtype=torch.long, device=maps.device)
     value, index = maps[present].max(0)
@@ -215,10 +215,10 @@ def _present_scores(maps: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """
     chosen = maps[present]
     largest = chosen.amax(0, keepdim=True) if len(chosen) else torch.zeros_like(maps[:1])
-    return torch.cat([1 - largest, chosen]), _ids(present)
+    return torch.cat([1 - largest, chosen]), present_ids(present)
 
 
-def _ids(present: Tensor) -> Tensor:
+def present_ids(present: Tensor) -> Tensor:
     """Background and the ids of the present classes."""
     return torch.cat([present.new_zeros(1, dtype=torch.long), present.nonzero().flatten() + 1])
 

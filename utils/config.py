@@ -236,7 +236,7 @@ def _parse_override(item: str, default: dict) -> dict:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{key}={text} on the command line cannot be read: {_one_line(error)}") from error
-    known = dict(_leaves(default))
+    known = dict(leaves(default))
     if _kind(key, known.get(key)) is str and not isinstance(value, str | None):
         value = text
     for part in reversed(parts):
@@ -297,7 +297,7 @@ def _fits(value: Any, kind: type) -> bool:
 
 def _check_values(config: dict, sources: str) -> None:
     """Choices, ranges and lengths of the merged config."""
-    values = {key: value for key, value in _leaves(config) if value is not None}
+    values = {key: value for key, value in leaves(config) if value is not None}
 
     def refuse(key: str, expected: str) -> None:
         raise UserError(f"{key} = {values[key]!r} ({sources or 'in configs/default.yaml'}): expected {expected}")
@@ -334,18 +334,18 @@ def _elements(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _leaves(mapping: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(mapping: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values; an empty mapping counts as a leaf."""
     for name, value in mapping.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
 def _nearest_key(key: str) -> str:
     """The known key most like `key`; one with the same last part is nearest of all."""
-    known = [name for name, _ in _leaves(_read_yaml(CONFIGS / "default.yaml"))]
+    known = [name for name, _ in leaves(_read_yaml(CONFIGS / "default.yaml"))]
     last = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     if "." in key:

@@ -150,7 +150,7 @@ def test_unknown_config():
 
 def test_tables_and_defaults_agree():
     default = OmegaConf.to_container(OmegaConf.load(CONFIGS / "default.yaml"))
-    leaves = dict(module._leaves(default))
+    leaves = dict(module.leaves(default))
     assert {key for key, value in leaves.items() if value is None} <= set(OPTIONAL)
     tables = {*OPTIONAL, *module.CHOICES, *module.RANGES, *module.POSITIVE, *module.PAIRS}
     assert tables <= set(leaves)

@@ -15,7 +15,7 @@ import yaml
 from engine.image_scores import EVALUATIONS
 from engine.results import title
 from tools.report_page.private import public
-from utils.config import CONFIGS
+from utils.config import CONFIGS, leaves
 from utils.errors import UserError
 from utils.metrics import Scores
 
@@ -109,12 +109,12 @@ def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         notes.append(f"{path.name} cannot be read: the settings and the stages of the losses are not known")
         return {}
-    return dict(_leaves(content))
+    return dict(leaves(content))
 
 
 def default_config() -> dict[str, Any]:
     """configs/default.yaml by dotted key."""
-    return dict(_leaves(yaml.safe_load((CONFIGS / "default.yaml").read_text(encoding="utf-8"))))
+    return dict(leaves(yaml.safe_load((CONFIGS / "default.yaml").read_text(encoding="utf-8"))))
 
 
 def read_metrics(path: Path, notes: list[str]) -> dict[str, Series]:
@@ -281,14 +281,6 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[Any]:
             broken += 1
     if broken:
         notes.append(f"{path.name}: {broken} line(s) cannot be read (cut by a kill?) and are left out")
-
-
-def _leaves(mapping: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in mapping.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _is_count(value: Any) -> bool:
