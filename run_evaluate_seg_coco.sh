@@ -14,6 +14,5 @@ usage: bash run_evaluate_seg_coco.sh SCRIPT DEVICES COUNT SPLIT CHECKPOINT [conf
 USAGE
     exit 2
 fi
-python=$root/.venv/bin/python
-[ -x "$python" ] || python=python3
+source "$root/utils/python.sh"
 exec "$python" "$root/engine/launch.py" "$1" "$2" "$3" auto "data.val_split=$4" "checkpoint=$5" "${@:6}"

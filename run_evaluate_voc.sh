@@ -12,6 +12,5 @@ usage: bash run_evaluate_voc.sh DEVICES COUNT CHECKPOINT [config=NAME] [key=valu
 USAGE
     exit 2
 fi
-python=$root/.venv/bin/python
-[ -x "$python" ] || python=python3
+source "$root/utils/python.sh"
 exec "$python" "$root/engine/launch.py" "$root/tools/infer_voc.py" "$1" "$2" auto "checkpoint=$3" "${@:4}"

@@ -14,6 +14,5 @@ usage: bash run_train.sh SCRIPT DEVICES COUNT PORT TAG [config=NAME] [key=value 
 USAGE
     exit 2
 fi
-python=$root/.venv/bin/python
-[ -x "$python" ] || python=python3
+source "$root/utils/python.sh"
 exec "$python" "$root/engine/launch.py" "$1" "$2" "$3" "$4" "tag=$5" "${@:6}"

@@ -20,6 +20,7 @@ from datasets.samples import Sample, find_list
 from datasets.sets import EvalItem, EvalSet, ImageSet, TrainItem, TrainSet, collate_train
 from datasets.transforms import build_augmentation
 from utils.errors import UserError
+from utils.files import ROOT
 
 __all__ = [
     "EvalItem", "EvalSet", "FileItem", "ImageFiles", "ImageSet", "TrainItem", "TrainSet", "Unreadable",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 LAYOUTS = {"voc": voc, "coco": coco, "shapes": shapes}
-SHAPES_FOLDER = Path(__file__).resolve().parent.parent / "data" / "shapes"
+SHAPES_FOLDER = ROOT / "data" / "shapes"
 ROOT_VARIABLES = {"voc": "VOC_ROOT", "coco": "COCO_ROOT"}
 
 

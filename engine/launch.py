@@ -26,12 +26,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of engine/, so that the project's packages are found from any folder
-
-from utils.errors import UserError  # noqa: E402
-from utils.offline import is_offline  # noqa: E402
+from utils.errors import UserError
+from utils.files import ROOT
+from utils.offline import is_offline
 
 ERROR_FILE = "WSSS_ERROR_FILE"  # names the file that takes the first mistake of all processes
 DEVICE = "WSSS_DEVICE"  # cpu or cuda
@@ -46,6 +43,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     as it is, unless another process has made a mistake already: then this one fell over its absence, and says nothing.
     """
     try:
+        check_checkout(Path(sys.argv[0]))
         main(sys.argv[1:])
     except UserError as error:
         _report(error_line(error))
@@ -62,6 +60,16 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         if path is None or not os.path.exists(path):
             raise
         _leave(USER_ERROR_CODE)
+
+
+def check_checkout(file: Path) -> None:
+    """Raises UserError where `file` is of another copy of this project than the packages that Python imports."""
+    folder = file.resolve().parent.parent
+    if folder != ROOT and (folder / "engine" / "launch.py").is_file():
+        raise UserError(
+            f"{file} is started, but the packages of {ROOT} are imported: run '{sys.executable} -m pip install "
+            f"--no-deps -e {folder}' to use those beside it"
+        )
 
 
 def error_line(error: UserError) -> str:
@@ -153,15 +161,13 @@ def check_port(text: str) -> int:
 
 
 def environment(ids: list[int] | None, count: int) -> dict[str, str]:
-    """Variables for the processes: the device, the visible GPUs, threads shared out among the processes, the path."""
+    """Variables for the processes: the device, the visible GPUs, threads shared out among the processes."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     threads = max(1, len(os.sched_getaffinity(0)) // count)
-    path = os.environ.get("PYTHONPATH")
     return {
         DEVICE: "cpu" if ids is None else "cuda",
         "CUDA_VISIBLE_DEVICES": ",".join(visible[i] if visible else str(i) for i in ids or ()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT),
         **({"HF_HUB_OFFLINE": "1"} if is_offline() else {}),   # for timm's weights
     }
 
@@ -208,6 +214,7 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__, file=sys.stderr)
         return USER_ERROR_CODE
     try:
+        check_checkout(Path(__file__))
         script, count = find_script(argv[0]), check_count(argv[2])
         if importlib.util.find_spec("torch") is None:
             raise UserError(f"{sys.executable} has no torch: run pip install -r requirements.txt, or run_tests.sh")

@@ -1,8 +1,8 @@
 """Trains on data in the VOC layout: train_voc.py tag=TAG [config=more_voc] [key=value ...], under torchrun."""
 
-from engine.distributed import cleanup, setup
 from engine.launch import run_script
-from engine.train import train
+from engine.distributed import cleanup, setup
+from engine.training.train import train
 from utils.config import load_config, split_config
 
 

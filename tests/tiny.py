@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from datasets.voc import CLASSES
-from engine.checkpoint import WEIGHTS, save_weights
 from engine.launch import DEVICE, run_script
+from datasets.voc import CLASSES
+from engine.checkpoints.files import WEIGHTS, save_weights
 from model import build_method
 from utils.config import load_config, portable
 

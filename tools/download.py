@@ -8,16 +8,11 @@ An interrupted download goes on where it stopped. A file gets its name only once
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of tools/, so that the project's packages are found from any folder
-
-from engine.launch import run_script  # noqa: E402
-from utils.download import NOT_VERIFIED, Entry, check, default_folder, fetch, find, place, registry  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from engine.launch import run_script
+from utils.download import NOT_VERIFIED, Entry, check, default_folder, fetch, find, place, registry
+from utils.errors import UserError
 
 HEADER = ("name", "kind", "size", "here", "licence", "what")
 

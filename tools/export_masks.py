@@ -13,30 +13,25 @@ A second run goes on where the first one stopped.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of tools/, so that the project's packages are found from any folder
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
-
-from datasets import EvalItem, ImageSet, build_image_set  # noqa: E402
-from engine.distributed import Ranks, all_reduce_sum, barrier, cleanup, main_first, setup  # noqa: E402
-from engine.evaluate import check_classes  # noqa: E402
-from engine.inference import claim_folder, is_finished, made_with, write_predictions  # noqa: E402
-from engine.launch import run_script  # noqa: E402
-from engine.loading import find_checkpoint, open_checkpoint  # noqa: E402
-from engine.masks import check_thresholds, confident_ids, irn_ids, save_irn  # noqa: E402
-from engine.predict import Plan, Prediction, evaluation_plan  # noqa: E402
-from engine.results import summary_line, title  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.images import IGNORE, read_label_map, to_uint8, write_label_png  # noqa: E402
-from utils.metrics import Scores, confusion_matrix  # noqa: E402
+from engine.launch import run_script
+from datasets import EvalItem, ImageSet, build_image_set
+from engine.checkpoints.opening import find_checkpoint, open_checkpoint
+from engine.distributed import Ranks, all_reduce_sum, barrier, cleanup, main_first, setup
+from engine.evaluation.evaluate import check_classes
+from engine.evaluation.results import summary_line, title
+from engine.inference.images import claim_folder, is_finished, made_with, write_predictions
+from engine.inference.predict import Plan, Prediction, evaluation_plan
+from engine.inference.pseudo_masks import check_thresholds, confident_ids, irn_ids, save_irn
+from utils.errors import UserError
+from utils.images import IGNORE, read_label_map, to_uint8, write_label_png
+from utils.metrics import Scores, confusion_matrix
 
 FORMATS = ("png", "npy", "irn-label")
 IRN_HIGH, IRN_LOW = 0.30, 0.05   # [irn] conf_fg_thres, conf_bg_thres

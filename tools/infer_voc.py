@@ -6,12 +6,12 @@ checkpoint's run, else that in the weights file, else more_voc; key=value goes o
 
 from pathlib import Path
 
-from datasets import build_val_set
-from engine.checkpoint import load_weights
-from engine.distributed import cleanup, setup
-from engine.evaluate import check_classes, evaluate, run_folder
 from engine.launch import run_script
-from engine.loading import SUMS, checkpoint_config, find_checkpoint
+from datasets import build_val_set
+from engine.checkpoints.files import load_weights
+from engine.checkpoints.opening import SUMS, checkpoint_config, find_checkpoint
+from engine.distributed import cleanup, setup
+from engine.evaluation.evaluate import check_classes, evaluate, run_folder
 from model import build_method
 from utils.config import split_config
 from utils.errors import UserError

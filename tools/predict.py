@@ -21,24 +21,20 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of tools/, so that the project's packages are found from any folder
+import cv2
+import numpy as np
+import torch
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from datasets import FileItem, ImageFiles, find_images, unique_names  # noqa: E402
-from engine.distributed import Ranks, pick_device  # noqa: E402
-from engine.inference import claim_folder, is_finished, made_with, write_predictions  # noqa: E402
-from engine.launch import run_script  # noqa: E402
-from engine.loading import find_checkpoint, open_checkpoint  # noqa: E402
-from engine.pictures import save_picture  # noqa: E402
-from engine.predict import KINDS, Plan, Prediction, evaluation_plan, row_name  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.files import replacing  # noqa: E402
-from utils.images import heatmap, overlay, to_uint8, write_label_png  # noqa: E402
+from engine.launch import run_script
+from datasets import FileItem, ImageFiles, find_images, unique_names
+from engine.checkpoints.opening import find_checkpoint, open_checkpoint
+from engine.distributed import Ranks, pick_device
+from engine.inference.images import claim_folder, is_finished, made_with, write_predictions
+from engine.inference.pictures import save_picture
+from engine.inference.predict import KINDS, Plan, Prediction, evaluation_plan, row_name
+from utils.errors import UserError
+from utils.files import replacing
+from utils.images import heatmap, overlay, to_uint8, write_label_png
 
 LEAST_SIDE = 32        # pixels at the smallest scale, at native size: a patch, and no less, fits
 MOST_PIXELS = 1_000_000

@@ -13,26 +13,22 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of tools/, so that the project's packages are found from any folder
+import torch
+import yaml
+from omegaconf import OmegaConf
 
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
-
-from engine.checkpoint import BEST, read_meta, save_weights  # noqa: E402
-from engine.launch import run_script  # noqa: E402
-from engine.loading import SUMS, Opened, open_checkpoint  # noqa: E402
-from engine.results import title  # noqa: E402
-from tools.sources import sha256  # noqa: E402
-from utils.config import load_config, load_settings, portable, save_config  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from engine.launch import run_script
+from datasets.prepare.sources import sha256
+from engine.checkpoints.files import BEST, read_meta, save_weights
+from engine.checkpoints.opening import SUMS, Opened, open_checkpoint
+from engine.evaluation.results import title
+from utils.config import load_config, load_settings, portable, save_config
+from utils.errors import UserError
+from utils.files import ROOT
 
 ROW = "registry_row.yaml"
 CARD = """# {name}
@@ -60,7 +56,7 @@ bash run_evaluate_voc.sh cpu 1 {name}.safetensors data.root=FOLDER
 ```
 
 ```python
-from engine.loading import open_checkpoint
+from engine.checkpoints.opening import open_checkpoint
 
 method, classes, config, _ = open_checkpoint("{name}.safetensors")
 ```

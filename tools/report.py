@@ -7,17 +7,12 @@ Several runs are compared. What a folder lacks, and what cannot be read, is said
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of tools/, so that the project's packages are found from any folder
-
-from engine.launch import run_script  # noqa: E402
-from tools.report_page.page import write_page  # noqa: E402
-from tools.report_page.run import read_runs  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from engine.launch import run_script
+from report.page import write_page
+from report.run import read_runs
+from utils.errors import UserError
 
 
 def main(argv: list[str]) -> None:

@@ -11,27 +11,22 @@ comp6 is for methods trained with any data but the test set's, ImageNet weights 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of tools/, so that the project's packages are found from any folder
+import torch
 
-import torch  # noqa: E402
-
-from datasets import EvalItem, build_image_set  # noqa: E402
-from datasets.voc import CLASSES  # noqa: E402
-from engine.distributed import Ranks, pick_device  # noqa: E402
-from engine.evaluate import check_classes  # noqa: E402
-from engine.inference import claim_folder, is_finished, made_with, write_predictions  # noqa: E402
-from engine.launch import run_script  # noqa: E402
-from engine.loading import find_checkpoint, open_checkpoint  # noqa: E402
-from engine.predict import KINDS, Prediction, evaluation_plan, row_name  # noqa: E402
-from engine.submission import COMPETITIONS, TEST_IMAGES, write_archive  # noqa: E402
-from utils.config import load_config  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.images import write_label_png  # noqa: E402
+from engine.launch import run_script
+from datasets import EvalItem, build_image_set
+from datasets.voc import CLASSES
+from engine.checkpoints.opening import find_checkpoint, open_checkpoint
+from engine.distributed import Ranks, pick_device
+from engine.evaluation.evaluate import check_classes
+from engine.inference.images import claim_folder, is_finished, made_with, write_predictions
+from engine.inference.predict import KINDS, Prediction, evaluation_plan, row_name
+from engine.inference.submission import COMPETITIONS, TEST_IMAGES, write_archive
+from utils.config import load_config
+from utils.errors import UserError
+from utils.images import write_label_png
 
 
 def predict_masks(options: argparse.Namespace, data: list[str], masks: Path) -> None:

@@ -23,10 +23,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError
+from utils.files import ROOT
 from utils.offline import is_offline
 from utils.transfer import Patience, discard, transfer
 
-REGISTRY = Path(__file__).resolve().parents[1] / "weights" / "registry.yaml"
+REGISTRY = ROOT / "weights" / "registry.yaml"
 KINDS = ("start_weights", "data", "checkpoint")
 HEX = {"sha256": re.compile(r"[0-9a-f]{8,64}"), "md5": re.compile(r"[0-9a-f]{32}")}
 NOT_VERIFIED = "not verified against a published hash"

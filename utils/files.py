@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]   # the project's folder
+
 
 class replacing:
     """A temporary name beside `path` that becomes `path` at the end, so that no half-written file bears the name."""

@@ -28,9 +28,11 @@ elif ! new_enough "$venv/bin/python"; then
     exit 2
 fi
 
-stamp=$venv/installed-$(cat "$root/requirements.txt" "$requirements" | sha256sum | cut -c1-16)
+# of the folder too: a copy of the project with its .venv would go on importing the original's packages
+stamp=$venv/installed-$({ echo "$root"; cat "$root/requirements.txt" "$requirements"; } | sha256sum | cut -c1-16)
 if [ ! -e "$stamp" ]; then
     echo "installing $1 into $venv (a few minutes the first time)"
+    cd "$root"   # requirements.txt installs the project itself, as `.`
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --root-user-action ignore -r "$requirements"
     touch "$stamp"
 fi

@@ -13,7 +13,7 @@ from torch import nn
 
 from datasets import EvalItem
 from engine.distributed import Ranks, cleanup
-from engine.evaluate import evaluate
+from engine.evaluation.evaluate import evaluate
 from model.multi_scale import resize
 from utils.config import load_config
 from utils.images import normalize

@@ -56,7 +56,8 @@ def house(tmp_path):
     root = tmp_path / "house"
     for folder in ("engine", "utils", "scripts", "tools"):
         (root / folder).mkdir(parents=True)
-    needed = [ROOT / name for name in ("engine/launch.py", "utils/errors.py", "utils/offline.py")]
+    utils = ("errors.py", "files.py", "offline.py", "python.sh")
+    needed = [ROOT / "engine/launch.py", *(ROOT / "utils" / name for name in utils)]
     for path in (*ROOT.glob("run_*.sh"), *needed):
         shutil.copy(path, root / path.relative_to(ROOT))
     for name in ("scripts/train_voc.py", "tools/infer_voc.py", "tools/infer_seg_coco.py"):
@@ -64,16 +65,17 @@ def house(tmp_path):
     return root
 
 
-def _environment(**changes: str) -> dict[str, str]:
+def _environment(house: Path, **changes: str) -> dict[str, str]:
     dropped = ("OMP_NUM_THREADS", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", **changes}
+    python = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return {**kept, "PATH": python, "PYTHONPATH": str(house), **changes}
 
 
 def run(root, launcher, *arguments, cwd=None, **environment):
     command = ["bash", str(root / launcher), *map(str, arguments)]
-    cwd = cwd or root.parent
-    return subprocess.run(command, cwd=cwd, env=_environment(**environment), capture_output=True, text=True, timeout=60)
+    given = {"cwd": cwd or root.parent, "env": _environment(root, **environment)}
+    return subprocess.run(command, **given, capture_output=True, text=True, timeout=60)
 
 
 def run_train(root, *arguments, devices="cpu", count=1, port="auto", **environment):
@@ -108,7 +110,7 @@ def test_a_mistake_is_one_line(house, what, count):
     result = subprocess.run(
         [sys.executable, str(house / "engine/launch.py"), "scripts/train_voc.py", "cpu", str(count), "auto", what],
         cwd=house,
-        env=_environment(),
+        env=_environment(house),
         capture_output=True,
         text=True,
         timeout=60,
@@ -120,7 +122,7 @@ def test_a_mistake_is_one_line(house, what, count):
 def launch_script(house, what, count=1):
     command = [sys.executable, str(house / "engine/launch.py"), "scripts/train_voc.py", "cpu", str(count), "auto", what]
     return subprocess.Popen(
-        command, cwd=house, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=house, env=_environment(house), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.predict import MapPlan, evaluation_plan, predict
+from engine.inference.predict import MapPlan, evaluation_plan, predict
 from tests.goldens.network import golden_method
 from utils.images import to_uint8
 

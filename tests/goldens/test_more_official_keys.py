@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.checkpoint import load_weights
+from engine.checkpoints.files import load_weights
 from model import build_method
 from utils.config import load_config
 from utils.errors import UserError

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from engine.optimizer import build_optimizer, set_lr
+from engine.training.optimizer import build_optimizer, set_lr
 
 
 def test_rates_and_parameters(golden):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.distributed import Ranks
-from engine.train import Trainer
+from engine.training.train import Trainer
 from model.more import official
 from tests.goldens.network import golden_method
 from utils.batch import Batch

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.distributed import Ranks
-from engine.train import Trainer
+from engine.training.train import Trainer
 from model import build_method
 from utils.batch import Batch
 from utils.config import load_config

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from datasets.voc import CLASSES
-from engine.masks import confident_ids, irn_ids, save_irn
+from engine.inference.pseudo_masks import confident_ids, irn_ids, save_irn
 from tests import tiny
 from tests.conftest import TINY_CLASSES
 from tools import export_masks as tool

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.results import append_results
+from engine.evaluation.results import append_results
 from tools.infer_voc import results_folder, split_checkpoint
 from utils.errors import UserError
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from datasets import ImageFiles, Unreadable, find_images, unique_names
 from datasets.voc import CLASSES
-from engine.loading import open_checkpoint
-from engine.predict import evaluation_plan, predict
+from engine.checkpoints.opening import open_checkpoint
+from engine.inference.predict import evaluation_plan, predict
 from tests import tiny
 from tools import predict as tool
 from utils.errors import UserError

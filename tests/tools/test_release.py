@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 import utils.download
 from datasets import build_val_set
-from engine.checkpoint import read_meta, save_weights
+from engine.checkpoints.files import read_meta, save_weights
+from engine.checkpoints.opening import open_checkpoint
 from engine.distributed import Ranks
-from engine.evaluate import evaluate
-from engine.loading import open_checkpoint
-from engine.train import train
+from engine.evaluation.evaluate import evaluate
+from engine.training.train import train
 from tests import tiny
 from tools import release
 from utils.config import load_config

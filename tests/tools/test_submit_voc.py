@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.checkpoints.opening import open_checkpoint
 from engine.distributed import pick_device
-from engine.loading import open_checkpoint
-from engine.predict import evaluation_plan, predict
-from engine.submission import check_archive
+from engine.inference.predict import evaluation_plan, predict
+from engine.inference.submission import check_archive
 from tests import tiny
 from tools import submit_voc as tool
 from utils.errors import UserError

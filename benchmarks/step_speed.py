@@ -1,0 +1,446 @@
+"""The benchmarks of training: one step, its parts, and processes that share it. Started by benchmarks/benchmark.py."""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.baselines import plain_step
+from datasets import collate_train
+from datasets.samples import Sample
+from datasets.sets import TrainSet
+from datasets.transforms import build_augmentation, seeded
+from engine.distributed import Ranks, barrier, cleanup, setup
+from engine.training.sampler import GlobalBatches
+from engine.training.train import Trainer
+from model.losses.ratio import local_ratio
+from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
+from model.more.method import MoRe
+from model.pseudo_labels import refined_labels
+from utils.batch import Batch, most_classes
+from utils.config import load_config
+from utils.errors import UserError
+from utils.files import ROOT
+from utils.images import normalize, read_rgb
+
+ALLOWED_DIFFERENCE = {"fp32": 1e-3, "bf16": 5e-2}   # of a loss term, relative to the total: two formulations in float32
+LATE = 12_000   # an iteration at which every term has a weight and token labels come from the main CAM
+CLASSES = 20
+HOST_READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten.unique")
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators: `operators`, those that compute (views are none), and `host_reads`, which wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.host_reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators += not function.is_view
+        self.host_reads += str(function).startswith(HOST_READS)
+        return function(*args, **(kwargs or {}))
+
+
+def step_config(options: argparse.Namespace, precision: str) -> DictConfig:
+    overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"train.precision={precision}"]
+    return load_config("more_voc", [*overrides, f"data.crop_size={options.crop}"])
+
+
+def step_batch(images: Tensor, device: str) -> Batch:
+    """uint8 images (B, 3, H, W) with one to three classes each, in turn."""
+    normal = torch.stack([normalize(image.permute(1, 2, 0).numpy()) for image in images])
+    labels = torch.zeros(len(images), CLASSES)
+    for index in range(len(images)):
+        labels[index, [(7 * index + 3 * k) % CLASSES for k in range(1 + index % 3)]] = 1
+    valid = torch.ones(len(images), *images.shape[2:], dtype=torch.bool)
+    batch = Batch([""] * len(images), normal, labels, valid, torch.arange(len(images)), most_classes(labels))
+    return batch.to(torch.device(device))
+
+
+def make_trainer(config: DictConfig, plain: bool, device: str) -> Trainer:
+    """A trainer in the last stage. plain: with the plainly formulated losses and AdamW parameter by parameter."""
+    torch.manual_seed(0)
+    method = (plain_step.PlainMoRe if plain else MoRe)(config, CLASSES).to(device).train()
+    trainer = Trainer(method, config, Ranks(0, 1, torch.device(device)))
+    trainer.iteration = LATE
+    if plain:
+        method.host_filter = _host_filter()
+        for group in trainer.optimizer.param_groups:
+            group.update(fused=False, foreach=False)
+    return trainer
+
+
+def _host_filter() -> plain_step.Filter:
+    from benchmarks.benchmark import load_plain_filter
+
+    return load_plain_filter()
+
+
+@contextmanager
+def phases_of(trainer: Trainer, synchronize: Callable[[], None]) -> Iterator[dict[str, float]]:
+    """Within it the seconds of every phase of the steps are summed: each phase without those inside it."""
+    seconds: dict[str, float] = defaultdict(float)
+    inside: list[float] = []
+
+    def timed(function: Callable, phase: str) -> Callable:
+        def call(*args, **kwargs):
+            synchronize()
+            begin = time.perf_counter()
+            inside.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronize()
+                whole = time.perf_counter() - begin
+                seconds[phase] += whole - inside.pop()
+                if inside:
+                    inside[-1] += whole
+        return call
+
+    method, backward = trainer.method, Tensor.backward
+    calls = {
+        "CAM pass": (method, "_training_cams"), "refine": (method, "_pixel_labels"), "losses": (method, "losses"),
+        "forward": (method.network, "forward"), "optimizer": (trainer.optimizer, "step"),
+    }
+    for phase, (owner, name) in calls.items():
+        setattr(owner, name, timed(getattr(owner, name), phase))
+    Tensor.backward = timed(backward, "backward")
+    try:
+        yield seconds
+    finally:
+        Tensor.backward = backward
+        for owner, name in calls.values():
+            delattr(owner, name)
+
+
+def step(options: argparse.Namespace) -> list[dict]:
+    """One training step of ours against the same step formulated plainly; prints a table, returns its rows."""
+    rows = []
+    for batch in options.batch or (4,):
+        for precision in options.precision:
+            row = {"benchmark": "step", "batch": batch, "crop": options.crop, "precision": precision}
+            row |= {"device": options.device, "backbone": options.backbone}
+            if options.device == "cuda" and not torch.cuda.is_available():
+                row["measured"] = False
+            else:
+                row |= measure_step(options, batch, precision)
+            rows.append(row)
+            print_step(row)
+            if row.get("difference", 0) > ALLOWED_DIFFERENCE[precision]:
+                sys.exit(f"step: the loss terms of ours and the plain step differ by {row['difference']:.1e}")
+    return rows
+
+
+def measure_step(options: argparse.Namespace, batch: int, precision: str) -> dict:
+    """The measured part of a row. Each formulation runs in a process of its own; they take turns, so that each has
+    all cores and a peak of its own."""
+    given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "device": options.device}
+    given["images"] = str(options.images or "")
+    workers = {"ours": StepWorker({**given, "precision": precision, "plain": False})}
+    if options.baseline:
+        workers["plain"] = StepWorker({**given, "precision": "fp32", "plain": True})
+    first = {name: worker.step() for name, worker in workers.items()}   # warms up and counts
+    repeats = options.repeats or 3
+    turns = [{name: worker.step() for name, worker in workers.items()} for _ in range(repeats)]
+    times = {name: [turn[name]["seconds"] for turn in turns] for name in workers}
+    row = {key: first["ours"][key] for key in ("operators", "host_reads", "flops")}
+    row |= {"seconds": {name: statistics.median(spent) for name, spent in times.items()}, "repeats": repeats}
+    phases = turns[0]["ours"]["phases"]
+    row["phases"] = {phase: statistics.median(turn["ours"]["phases"][phase] for turn in turns) for phase in phases}
+    row["peak_gb"] = {name: worker.close() for name, worker in workers.items()}
+    if "plain" in workers:
+        row["ratio"] = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
+        ours, plain = first["ours"]["terms"], first["plain"]["terms"]
+        row["difference"] = max(abs(ours[name] - plain[name]) for name in plain) / abs(plain["total"])
+    row["matmul_flops"] = matmul_rate(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    row["utilisation"] = row["flops"] / row["seconds"]["ours"] / row["matmul_flops"]
+    return row
+
+
+class StepWorker:
+    """A process that trains: one step for every line it gets, one line of JSON for every step, the peak at the end."""
+
+    def __init__(self, given: dict) -> None:
+        command = [sys.executable, "-c", "import benchmarks.step_speed as s; s.work()", json.dumps(given)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, cwd=ROOT, **pipes)
+
+    def step(self) -> dict:
+        """What `work` says of one step."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> float:
+        """Ends it; its peak in GB: of its memory, or of what it has allocated on the GPU."""
+        self.process.stdin.close()
+        peak = self._answer()["peak"]
+        self.process.wait()
+        return peak
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("step: a process that was to be measured ended; its error stands above")
+        return json.loads(line)
+
+
+def work() -> None:
+    """The process of a `StepWorker`."""
+    from benchmarks.benchmark import load_images
+
+    options = argparse.Namespace(**json.loads(sys.argv[1]))
+    folder = Path(options.images) if options.images else None
+    given = step_batch(load_images(folder, options.batch, options.crop, options.crop), options.device)
+    trainer = make_trainer(step_config(options, options.precision), options.plain, options.device)
+    cuda = options.device == "cuda"
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
+    counted = False
+    for _ in sys.stdin:
+        flops, counter = FlopCounterMode(display=False), Counter()
+        with ExitStack() as stack:
+            for mode in () if counted else (flops, counter):
+                stack.enter_context(mode)
+            phases = stack.enter_context(phases_of(trainer, synchronize))
+            synchronize()
+            begin = time.perf_counter()
+            terms = trainer.step(given)
+            synchronize()
+            seconds = time.perf_counter() - begin
+        answer = {"seconds": seconds, "phases": phases, "terms": {name: float(x) for name, x in terms.items()}}
+        answer |= {"operators": counter.operators, "host_reads": counter.host_reads, "flops": flops.get_total_flops()}
+        counted = True
+        print(json.dumps(answer), flush=True)
+    print(json.dumps({"peak": (torch.cuda.max_memory_allocated() if cuda else _peak_of_process()) / 1e9}), flush=True)
+
+
+def _peak_of_process() -> int:
+    """Bytes; not ru_maxrss, which a process inherits from the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product, which utilisation is a share of."""
+    side = 8192 if device == "cuda" else 3072
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    spent = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ b).sum().item()
+        spent.append(time.perf_counter() - begin)
+    return 2 * side**3 / statistics.median(spent)
+
+
+def print_step(row: dict) -> None:
+    crop = f"{row['crop']}x{row['crop']}"
+    print(f"\nstep: {row['backbone']}, batch {row['batch']}, {crop}, {row['precision']}, {row['device']}")
+    if not row.get("measured", True):
+        print("  not measured: no GPU")
+        return
+    seconds = row["seconds"]
+    print(f"  ours {seconds['ours']:.3f} s, median of {row['repeats']}")
+    if "plain" in seconds:
+        print(f"  plain step, fp32: {seconds['plain']:.3f} s, {row['ratio']:.2f} times as long; "
+              f"largest difference of a loss term {row['difference']:.1e} of the total")
+    print("  " + ", ".join(f"{phase} {spent:.3f} s" for phase, spent in row["phases"].items()))
+    print(f"  {row['operators']} operators, {row['host_reads']} host reads, {row['flops'] / 1e9:.0f} GFLOP: "
+          f"{100 * row['utilisation']:.0f} % of the {row['matmul_flops'] / 1e9:.0f} GFLOP/s of a matrix product")
+    print("  peak memory " + ", ".join(f"{name} {peak:.2f} GB" for name, peak in row["peak_gb"].items()), flush=True)
+
+
+def parts(options: argparse.Namespace) -> list[dict]:
+    """PAR refinement and the two losses of LIR against their plain formulations, interleaved, with their gradients."""
+    rows, side = [], options.crop // 16
+    for batch in options.batch or (4,):
+        for name, rivals in part_rivals(options, batch, side).items():
+            with Counter() as counter:
+                result = rivals[0]()
+            apart = (result - rivals[1]()).detach()   # of labels: the share that differs
+            difference = float((apart.abs() if apart.is_floating_point() else apart != 0).double().mean())
+            ours, plain = (_with_gradient(call) for call in rivals)
+            times: dict[str, list[float]] = {"ours": [], "plain": []}
+            for _ in range(options.repeats or 9):
+                for run, call in (("plain", plain), ("ours", ours)):
+                    begin = time.perf_counter()
+                    call()
+                    if options.device == "cuda":
+                        torch.cuda.synchronize()
+                    times[run].append(time.perf_counter() - begin)
+            ratio = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
+            row = {"benchmark": "parts", "part": name, "batch": batch, "crop": options.crop, "ratio": ratio}
+            row |= {"seconds": {run: statistics.median(spent) for run, spent in times.items()}}
+            row |= {"operators": counter.operators, "host_reads": counter.host_reads, "difference": difference}
+            rows.append(row)
+            print(f"{name:>10}, batch {batch}: plain {1000 * row['seconds']['plain']:.2f} ms, ours "
+                  f"{1000 * row['seconds']['ours']:.2f} ms, {ratio:.1f} times; forward: {counter.operators} operators, "
+                  f"{counter.host_reads} host reads; mean difference {difference:.1e}", flush=True)
+    return rows
+
+
+def part_rivals(options: argparse.Namespace, batch: int, side: int) -> dict[str, tuple[Callable, Callable]]:
+    """name -> (ours, plain), each a call that returns what is compared."""
+    from benchmarks.benchmark import load_images
+
+    given = step_batch(load_images(options.images, batch, options.crop, options.crop), options.device)
+    c, device = load_config("more_voc").pseudo_labels, options.device
+    torch.manual_seed(0)
+    cam = F.interpolate(torch.rand(batch, CLASSES, side, side), options.crop, mode="bilinear").to(device)
+    image = ((given.images - given.images.min()) / (given.images.max() - given.images.min()) * 255).floor() / 255
+    settings = c.high, c.low, list(c.par_dilations), c.par_iterations
+    tokens = torch.randn(batch, CLASSES, 768, device=device, requires_grad=True)
+    leaf = torch.randn(batch, side * side, 768, device=device, requires_grad=True)
+    patches = leaf.transpose(1, 2).unflatten(2, (side, side))   # as the network lays them out
+    first = given.labels.argmax(1)[:, None, None] + 1
+    blobs = F.avg_pool2d(torch.rand(batch, 1, side, side, device=device), 5, 1, 2)[:, 0]
+    labels = torch.where(blobs > 0.52, 255, torch.where(blobs > 0.45, first, 0))
+    outputs = plain_step.Outputs(*(None,) * 3, tokens, patches, None)
+
+    def refine_plainly() -> Tensor:
+        triples = zip(cam, given.labels, image, strict=True)
+        return torch.stack([plain_step.plain_pixel_labels(*one, *settings) for one in triples])
+
+    def sampled() -> Tensor:
+        samples = sample_uncertain(labels, hashed_order, given.seeds, 8)
+        return uncertain_loss(tokens, patches, samples, given.labels, local_ratio)
+
+    def sampled_plainly() -> Tensor:
+        orders = hashed_order(given.seeds, (side - 6) ** 2)
+        places = [plain_step.plain_samples(*one, 8) for one in zip(labels, orders, strict=True)]
+        return plain_step.plain_uncertain_loss(outputs, places, given.labels)
+
+    def certain() -> Tensor:
+        return certain_loss(tokens, patches, labels, given.labels, 0.5, most=given.most_classes)
+
+    def certain_plainly() -> Tensor:
+        return plain_step.plain_certain_loss(outputs, labels, given.labels, 0.5)
+
+    return {
+        "refine": (lambda: refined_labels(cam, given.labels, image, *settings, given.most_classes), refine_plainly),
+        "uncertain": (sampled, sampled_plainly),
+        "certain": (certain, certain_plainly),
+    }
+
+
+def _with_gradient(call: Callable[[], Tensor]) -> Callable[[], None]:
+    def both() -> None:
+        result = call()
+        if result.requires_grad:
+            result.backward()
+
+    return both
+
+
+def data(options: argparse.Namespace) -> list[dict]:
+    """Images a second that the training data set makes: decoding and augmentation alone, then through its loader."""
+    from benchmarks.benchmark import load_images
+
+    if options.images is None:
+        raise UserError("data needs --images FOLDER, real images: what they cost to decode is the question")
+    load_images(options.images, 1, 8, 8)   # says what is wrong with the folder
+    config = load_config("more_voc", [f"data.crop_size={options.crop}"])
+    paths = sorted(p for p in options.images.glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    augment = build_augmentation(config.data)
+    samples = [Sample(path.stem, path, None) for path in paths]
+    train_set = TrainSet(samples, lambda sample: torch.zeros(CLASSES), tuple(map(str, range(CLASSES))), augment)
+    count = min(len(paths), 128)
+    begin = time.perf_counter()
+    pictures = [read_rgb(path) for path in paths[:count]]
+    decoding = (time.perf_counter() - begin) / count
+    begin = time.perf_counter()
+    for seed, picture in enumerate(pictures):
+        with seeded(seed):
+            augment(picture)
+    augmenting = (time.perf_counter() - begin) / count
+    sides = statistics.mean(max(picture.shape) for picture in pictures)
+    print(f"\ndata: {count} images, long side {sides:.0f} on the mean, crops of {options.crop}: decode "
+          f"{1000 * decoding:.2f} ms, augment and normalise {1000 * augmenting:.2f} ms an image")
+    row = {"benchmark": "data", "crop": options.crop, "decode": decoding, "augment": augmenting, "images_a_second": {}}
+    for workers in options.threads:
+        length = max(count, 256) // 4
+        batches = GlobalBatches(len(paths), 4, length, seed=0)
+        loader = DataLoader(train_set, batch_sampler=batches, collate_fn=collate_train, num_workers=workers)
+        turns = iter(loader)
+        for _ in range(4):
+            next(turns)   # the workers have started
+        begin = time.perf_counter()
+        for _ in turns:
+            pass
+        rate = 4 * (length - 4) / (time.perf_counter() - begin)
+        row["images_a_second"][workers] = rate
+        print(f"  {workers} worker(s): {rate:.1f} images/s", flush=True)
+    return [row]
+
+
+def ddp(options: argparse.Namespace) -> list[dict]:
+    """Steps of two processes with one thread each against one process with one thread, each with --batch images."""
+    rows = []
+    for batch in options.batch or (1,):
+        spent = {world: processes_step(options, batch, world) for world in (1, 2)}
+        ratio = 2 * spent[1] / spent[2]
+        rows.append({"benchmark": "ddp", "batch": batch, "crop": options.crop, "seconds": spent, "ratio": ratio})
+        print(f"\nddp: {options.backbone}, {batch} image(s) of {options.crop} a process, one thread each: one process "
+              f"{spent[1]:.2f} s a step, two {spent[2]:.2f} s: {ratio:.2f} times the images a second", flush=True)
+    return rows
+
+
+def processes_step(options: argparse.Namespace, batch: int, world: int) -> float:
+    """Seconds of a step, the median of --repeats (3), of `world` processes that train together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "repeats": options.repeats or 3}
+    command = [sys.executable, "-c", "import benchmarks.step_speed as s; s.report_step()", json.dumps(given)]
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WSSS_DEVICE": "cpu"}
+    runs = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(world)
+    ]
+    outputs = [run.communicate()[0] for run in runs]
+    if any(run.returncode for run in runs):
+        sys.exit("ddp: a process failed")
+    return float(outputs[0].split()[-1])
+
+
+def report_step() -> None:
+    """Prints the seconds of a step; in the processes that `processes_step` starts."""
+    from benchmarks.benchmark import load_images
+
+    options = argparse.Namespace(**json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    ranks = setup()
+    overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"data.crop_size={options.crop}"]
+    torch.manual_seed(0)
+    config = load_config("more_voc", overrides)
+    trainer = Trainer(MoRe(config, CLASSES).train(), config, ranks)
+    trainer.iteration = LATE
+    given = step_batch(load_images(None, options.batch, options.crop, options.crop), "cpu")
+    trainer.step(given)
+    spent = []
+    for _ in range(options.repeats):
+        barrier()
+        begin = time.perf_counter()
+        trainer.step(given)
+        spent.append(time.perf_counter() - begin)
+    if ranks.rank == 0:
+        print(statistics.median(spent))
+    cleanup()

@@ -1,0 +1,309 @@
+"""Makes a folder to train on from your own images, a table of their classes and, if there are any, masks.
+
+Writes the VOC layout: JPEGImages, SegmentationClassAug, ImageSets/Segmentation/{train,val}.txt, labels.json, and
+classes.txt; prints the command that trains on it.
+"""
+
+import argparse
+import csv
+import difflib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from datasets.prepare import preparation
+from datasets.prepare.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command
+from datasets.prepare.sources import Blob, digest_of_listing, sha256
+from datasets.samples import read_list
+from utils.errors import UserError
+from utils.images import IGNORE, label_png, read_label_map
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+BACKGROUND, IGNORED = "background", "ignore"
+MOST_CLASSES = 254
+VAL_SHARE = 0.1
+
+
+class Row(NamedTuple):
+    """A line of the table: where it stands, what it calls the image, the classes."""
+
+    where: str
+    image: str
+    classes: list[str]
+
+
+def find_files(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Path]:
+    """By the stem. Raises UserError where there are none, two of one stem, or one with white space."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder (--{what})")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.is_file():
+            continue
+        if len(path.stem.split()) != 1 or path.stem != path.stem.strip():
+            raise UserError(f"{path}: white space in a name cannot stand in a split list; rename the file")
+        if path.stem in found:
+            raise UserError(f"{path} and {found[path.stem]} have the same name {path.stem!r}; rename one")
+        found[path.stem] = path
+    if not found:
+        raise UserError(f"{folder}: no files ending in {', '.join(suffixes)} (--{what})")
+    return found
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a CSV or JSON table. Raises UserError naming the line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    return _json_rows(path, text) if path.suffix == ".json" else _csv_rows(path, text)
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+    reader = csv.reader(text.splitlines(), skipinitialspace=True)
+    for number, cells in enumerate(reader):
+        cells = [cell.strip() for cell in cells]
+        if not any(cells) or (number == 0 and cells[0].lower() == "image"):
+            continue
+        where = f"{path}, line {reader.line_num}"
+        classes = [name.strip() for cell in cells[1:] for name in cell.split(";") if name.strip()]
+        if not cells[0]:
+            raise UserError(f"{where}: no image in the first column")
+        if not classes:
+            raise UserError(f"{where}: image {cells[0]} has no class; write {BACKGROUND} where it shows none")
+        yield Row(where, cells[0], classes)
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be an object of image -> list of classes")
+    for image, classes in content.items():
+        if not isinstance(classes, list) or not all(isinstance(name, str) and name.strip() for name in classes):
+            raise UserError(f"{path}: image {image}: {json.dumps(classes)} is no list of class names")
+        yield Row(f"{path}, image {image}", image, classes)
+
+
+def read_table(path: Path, folder: Path, images: dict[str, Path], classes: list[str] | None) -> dict[str, list[str]]:
+    """The classes of every image, by its stem. Raises UserError for unknown images and classes, naming the line, and
+    for images without a row."""
+    stems = _ways_to_say(folder, images)
+    table: dict[str, list[str]] = {}
+    for row in read_rows(path):
+        if row.image not in stems:
+            raise UserError(f"{row.where}: {folder} has no image {row.image!r}{_nearest(row.image, stems)}")
+        present = table.setdefault(stems[row.image], [])
+        for name in row.classes:
+            if name == BACKGROUND:
+                continue
+            if classes is not None and name not in classes:
+                raise UserError(f"{row.where}: unknown class {name!r}{_nearest(name, classes)}")
+            if name not in present:
+                present.append(name)
+    missing = sorted(set(images) - set(table))
+    if missing:
+        raise UserError(f"{path}: no classes of {len(missing)} images: {name_some(str(images[m]) for m in missing)}")
+    return table
+
+
+def _ways_to_say(folder: Path, images: dict[str, Path]) -> dict[str, str]:
+    """Path below the folder, file name and stem -> stem."""
+    ways = {stem: stem for stem in images}
+    for stem, path in images.items():
+        ways |= {path.name: stem, path.relative_to(folder).as_posix(): stem}
+    return ways
+
+
+def _nearest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""
+
+
+def parse_classes(text: str | None) -> list[str] | None:
+    """--classes; raises UserError for empty, equal or reserved names."""
+    if text is None:
+        return None
+    classes = [name.strip() for name in text.split(",")]
+    if not all(classes) or len(set(classes)) != len(classes) or {BACKGROUND, IGNORED} & set(classes):
+        raise UserError(f"--classes {text}: different names apart by commas, without {BACKGROUND} and {IGNORED}")
+    return classes
+
+
+def parse_ids(text: str | None) -> dict[int, str] | None:
+    """--ids: what each id of the masks means. Raises UserError."""
+    if text is None:
+        return None
+    try:
+        if text.endswith(".json"):
+            pairs = json.loads(Path(text).read_text(encoding="utf-8")).items()
+        else:
+            pairs = [part.split("=", 1) for part in text.split(",")]
+        ids = {int(number): str(name).strip() for number, name in pairs}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--ids {text}: expected ID=CLASS,... or a JSON file of such pairs ({error})") from None
+    if len(ids) != len(list(pairs)) or not all(ids.values()):
+        raise UserError(f"--ids {text}: an id is named twice, or has no class")
+    return ids
+
+
+def choose_classes(classes: list[str] | None, ids: dict[int, str] | None, has_masks: bool) -> list[str] | None:
+    """The classes in the order of their ids; None where the table is to tell. Raises UserError."""
+    if ids is not None:
+        meant = list(dict.fromkeys(name for name in ids.values() if name not in (BACKGROUND, IGNORED)))
+        unknown = [name for name in meant if classes is not None and name not in classes]
+        if unknown:
+            raise UserError(f"--ids names {name_some(unknown)}, which --classes does not")
+        return classes or meant
+    if has_masks and classes is None:
+        raise UserError("--masks needs --classes in the order of the masks' ids 1, 2, ..., or --ids")
+    return classes
+
+
+def mask_bytes(mask: Blob, image: Blob, lookup: dict[int, int] | None, num_ids: int) -> bytes:
+    """The mask with the ids of the project. lookup: id of the mask -> id; None: as they are, below num_ids or 255.
+
+    Raises UserError for an id without meaning and another size than the image's.
+    """
+    label_map = read_label_map(mask.open(), num_ids) if lookup is None else _translate(mask, lookup)
+    if label_map.shape != (size := image.image_size()):
+        (h, w), (mask_h, mask_w) = size, label_map.shape
+        raise UserError(f"{mask} is {mask_w}x{mask_h}, but its image {image} is {w}x{h}: sizes must agree")
+    return label_png(label_map)
+
+
+def _translate(mask: Blob, lookup: dict[int, int]) -> np.ndarray:
+    """Ids uint8 (H, W) of a palette or grey PNG, of 8 or 16 bits."""
+    try:
+        with Image.open(mask.open()) as image:
+            mode, values = image.mode, np.asarray(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{mask}: mask file cannot be read ({error})") from None
+    if values.ndim != 2:
+        raise UserError(f"{mask}: --ids needs palette or grey masks, this one is {mode}")
+    present, places = np.unique(values, return_inverse=True)
+    unknown = [int(number) for number in present if int(number) not in lookup]
+    if unknown:
+        raise UserError(f"{mask}: holds the id {unknown[0]}, which --ids does not name")
+    return np.array([lookup[int(number)] for number in present], np.uint8)[places].reshape(values.shape)
+
+
+def split_names(options: argparse.Namespace, ways: dict[str, str], masks: dict[str, Path]) -> dict[str, list[str]]:
+    """The stems of train and val, sorted or as the lists say; val is left out where it is empty. Raises UserError."""
+    if options.train_list or options.val_list:
+        if not (options.train_list and options.val_list):
+            raise UserError("--train-list and --val-list go together")
+        lists = {"train": _named(options.train_list, ways), "val": _named(options.val_list, ways)}
+        bare = [name for name in lists["val"] if name not in masks]
+        if bare:
+            raise UserError(f"{options.val_list}: validation needs masks; none of {name_some(bare)}")
+        both = sorted(set(lists["train"]) & set(lists["val"]))
+        if both:
+            raise UserError(f"{options.val_list}: images of the training list: {name_some(both)}")
+        return lists
+    stems, scorable = sorted(set(ways.values())), sorted(masks)
+    share = options.val_share if options.val_share is not None else VAL_SHARE
+    if options.val_share and not masks:
+        raise UserError(f"--val-share {options.val_share}: validation needs --masks")
+    count = min(round(share * len(stems)), len(scorable)) if masks else 0
+    val = sorted(random.Random(options.seed).sample(scorable, count))
+    lists = {"train": sorted(set(stems) - set(val)), "val": val}
+    if not lists["train"]:
+        raise UserError(f"--val-share {share} leaves no image to train on")
+    return {split: names for split, names in lists.items() if names}
+
+
+def _named(path: Path, ways: dict[str, str]) -> list[str]:
+    names = [entry[0] for entry in read_list(path)]
+    unknown = [name for name in names if name not in ways]
+    if unknown:
+        raise UserError(f"{path}: no such images: {name_some(unknown)}")
+    return [ways[name] for name in names]
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Makes or verifies the folder; options: those of tools/prepare_folder.py. Raises UserError."""
+    if options.verify:
+        preparation.verify(options.out, options.workers)
+        return
+    if not options.images or not options.labels:
+        raise UserError("--images FOLDER and --labels FILE are needed (or --verify)")
+    for source in filter(None, (options.images, options.masks)):
+        if options.out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{options.out}: lies in {source}, and its files would be found again; give another folder")
+    ids = parse_ids(options.ids)
+    classes = choose_classes(parse_classes(options.classes), ids, options.masks is not None)
+    images = find_files(options.images, IMAGES, "images")
+    masks = find_files(options.masks, (".png",), "masks") if options.masks else {}
+    table = read_table(options.labels, options.images, images, classes)
+    classes = classes or sorted({name for present in table.values() for name in present})
+    if not 1 <= len(classes) <= MOST_CLASSES:
+        raise UserError(f"{options.labels}: {len(classes)} classes; 1 to {MOST_CLASSES} fit into a mask")
+    lists = split_names(options, _ways_to_say(options.images, images), {s: masks[s] for s in masks if s in images})
+    with Preparation(options.out, _identity(options, images, masks, ids, classes, lists)) as work:
+        if work.complete(options.workers):
+            print(f"{options.out}: everything is there already")
+        else:
+            _make(work, options, images, masks, _lookup(ids, classes), classes, lists, table)
+    print(_command(options.out, classes, "val" in lists))
+
+
+def _identity(options: argparse.Namespace, images, masks, ids, classes, lists) -> dict:
+    settings = {"link": options.link, "ids": ids and {str(k): v for k, v in ids.items()}, "classes": classes,
+                "lists": lists}
+    sources = {"images": digest_of_listing({s: Blob(p) for s, p in images.items()}), "labels": sha256(options.labels)}
+    if masks:
+        sources["masks"] = digest_of_listing({s: Blob(p) for s, p in masks.items()})
+    return preparation.identity("prepare_folder", settings, sources)
+
+
+def _lookup(ids: dict[int, str] | None, classes: list[str]) -> dict[int, int] | None:
+    numbers = {BACKGROUND: 0, IGNORED: IGNORE, **{name: k for k, name in enumerate(classes, 1)}}
+    return ids and {number: numbers[name] for number, name in ids.items()}
+
+
+def _make(work: Preparation, options: argparse.Namespace, images, masks, lookup, classes, lists, table) -> None:
+    blobs = {stem: Blob(path) for stem, path in images.items()}
+    list(preparation.parallel(Blob.image_size, blobs.values(), options.workers, "check images", len(blobs)))
+    names = {stem: _name_of(path) for stem, path in images.items()}
+    how = "link" if options.link else "copy"
+    work.make([image_task(names[stem], blob, how) for stem, blob in blobs.items()], options.workers, "images")
+    arguments = {stem: (Blob(masks[stem]), blobs[stem], lookup, len(classes) + 1) for stem in masks if stem in blobs}
+    work.make([Task(f"SegmentationClassAug/{stem}.png", mask_bytes, given) for stem, given in arguments.items()],
+              options.workers, "masks")
+    rest = [list_task(split, [_line(names[stem]) for stem in stems]) for split, stems in lists.items()]
+    rest += [Task("labels.json", to_json, (table,)), Task("classes.txt", str.encode, ("\n".join(classes) + "\n",))]
+    work.make(rest, options.workers, "lists")
+    counts = {split: len(stems) for split, stems in lists.items()} | {"masks": len(arguments)}
+    work.finish(counts, [path for path in (options.images, options.labels, options.masks) if path])
+    unused = len(masks) - len(arguments)
+    print(f"{options.out}: " + ", ".join(f"{part} {count}" for part, count in counts.items())
+          + (f"; {unused} masks have no image" if unused else ""))
+
+
+def _name_of(path: Path) -> str:
+    """JPEGs end in .jpg, as the VOC layout has it; other formats keep their ending."""
+    suffix = path.suffix.lower()
+    return f"JPEGImages/{path.stem}{'.jpg' if suffix == '.jpeg' else suffix}"
+
+
+def _line(name: str) -> str:
+    """A line of a split list: the bare name, but for images of another format the path."""
+    path = Path(name)
+    return path.stem if path.suffix == ".jpg" else f"/{name}"
+
+
+def _command(out: Path, classes: list[str], validated: bool) -> str:
+    listed = "data.classes=" + json.dumps(classes, ensure_ascii=False)
+    settings = [f"data.root={out}", listed, "data.train_split=train",
+                "data.val_split=val" if validated else "data.val_split=null"]
+    command = train_command("train_voc.py", out.resolve().name, settings)
+    note = "" if validated else "  (no masks: trains without validation)"
+    return f"to train{note}:\n{command}"

@@ -1,0 +1,85 @@
+"""A method as one shares it: on the Hugging Face Hub, in a folder, through torch.hub."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from torch import Tensor, nn
+
+from engine.checkpoints.files import read_meta, save_weights
+from engine.checkpoints.opening import Opened, find_checkpoint, from_hub, open_checkpoint
+from utils.config import portable
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ method }}, {{ backbone }}
+
+Weakly supervised semantic segmentation: learned from image-level labels, without masks. Method `{{ method }}`, backbone
+`{{ backbone }}`, {{ classes | length }} classes and background.
+
+In a checkout of the project's code, NAME being this repository's or a folder:
+
+```python
+from engine.checkpoints.hub import HubMethod
+
+model = HubMethod.from_pretrained(NAME)
+model.classify(images)                              # (B, K) class logits
+model.localize(images, "lam", [1.0], flip=True)     # (B, K, H, W) maps in [0, 1]; cam, lam
+model.segment(images, [1.0], flip=True)             # (B, K+1, H, W) logits, background first
+```
+
+`images` are (B, 3, H, W), RGB from 0 to 1, normalised with ImageNet's mean and standard deviation.
+`bash run_evaluate_voc.sh cpu 1 NAME data.root=FOLDER` scores the model. `{{ weights }}` holds the weights and, in its
+header, the names of the classes and the whole config.
+
+Classes, by their ids from 1 on: {{ classes | join(", ") }}.
+"""
+
+
+class HubMethod(
+    nn.Module, PyTorchModelHubMixin, pipeline_tag="image-segmentation", library_name="pytorch",
+    tags=["semantic-segmentation", "weakly-supervised-semantic-segmentation"], model_card_template=CARD,
+):  # fmt: skip
+    """An opened checkpoint with `from_pretrained`, `save_pretrained` and `push_to_hub` of huggingface_hub.
+
+    opened: of `open_checkpoint`. note: what the header of its weights file says beyond its config and classes.
+    `localize`, `segment` and `classify` are the method's own (model/__init__.py).
+    A saved folder holds the weights as a run writes them, so that this file opens by itself, too.
+    """
+
+    def __init__(self, opened: Opened, note: dict) -> None:
+        super().__init__()
+        self.method, self.classes, self.config = opened.method, opened.classes, opened.config
+        self.localize, self.segment, self.classify = self.method.localize, self.method.segment, self.method.classify
+        self.meta = {
+            **note, "method": self.config.method, "classes": list(self.classes), "settings": portable(self.config),
+        }
+        self.eval()
+
+    @classmethod
+    def from_checkpoint(cls, path: str, overrides: Sequence[str] = (), config: str | None = None) -> "HubMethod":
+        """From whatever `open_checkpoint` opens, with its arguments."""
+        file = find_checkpoint(path)
+        return cls(open_checkpoint(file, overrides, config), read_meta(file))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Segmentation logits (B, K+1, H, W) of images (B, 3, H, W): one scale, no flip, no gradient."""
+        return self.segment(images, [1.0], flip=False)
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """The card of a saved folder. kwargs go on top of what stands in CARD."""
+        facts = {"method": self.config.method, "backbone": self.config.model.backbone, "classes": self.classes}
+        return super().generate_model_card(*args, **{**facts, "weights": SAFETENSORS_SINGLE_FILE, **kwargs})
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_weights(save_directory / SAFETENSORS_SINGLE_FILE, self.method, self.meta)
+        (save_directory / CONFIG_NAME).write_text(json.dumps(self.meta, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, overrides: Sequence[str] = (), **how) -> "HubMethod":
+        """The mixin's hook. how: revision, cache_dir, token and the like, for a download."""
+        return cls.from_checkpoint(model_id if Path(model_id).is_dir() else from_hub(model_id, **how), overrides)

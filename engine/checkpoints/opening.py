@@ -1,0 +1,123 @@
+"""Opens a checkpoint for use: a method with its weights, the names of its classes and the config they belong to.
+
+    opened = open_checkpoint("runs/train_voc/checkpoints/best.weights.safetensors")
+    opened.method.localize(images, "lam", [1.0], flip=True)      # (B, K, H, W); model/__init__.py has the contract
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from omegaconf import DictConfig
+from torch import nn
+
+from datasets import class_names
+from engine.checkpoints.files import classifier_rows, load_weights, read_meta
+from engine.evaluation.evaluate import check_classes, run_folder
+from model import build_method
+from utils.config import load_config, load_settings
+from utils.download import fetch, registry
+from utils.errors import UserError
+from utils.offline import is_offline
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")   # owner/name
+ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")   # of files: what ends so is no name on the Hub
+DEFAULTS = {80: "more_coco"}   # by the number of classes, for a file that does not say what it is; else:
+DEFAULT = "more_voc"
+SUMS = "SHA256SUMS"   # a folder that holds it is a release, and stays as it is
+
+
+class Opened(NamedTuple):
+    """method: in evaluation mode, on the CPU. classes: K names, no background. config_name: where config is from."""
+
+    method: nn.Module
+    classes: tuple[str, ...]
+    config: DictConfig
+    config_name: str
+
+
+def open_checkpoint(path: str, overrides: Sequence[str] = (), config: str | None = None) -> Opened:
+    """The method of a checkpoint; no data is needed.
+
+    path: what `find_checkpoint` takes. overrides, config: as `checkpoint_config` takes them.
+    Raises UserError for a file that cannot be found or read, and for weights that do not fit the config.
+    """
+    file = find_checkpoint(path)
+    settings, name = checkpoint_config(file, overrides, config)
+    classes = checkpoint_classes(file, settings)
+    method = build_method(settings, len(classes))
+    load_weights(file, method)
+    return Opened(method.eval(), classes, settings, name)
+
+
+def find_checkpoint(path: str) -> str:
+    """The weights file that `path` means.
+
+    path: a file; a folder that is released or shared; a name of weights/registry.yaml; `owner/name` on the Hub. The
+    last two are downloaded where they are not here yet; the Hub is not asked where a folder `owner` is here.
+    Raises UserError where there is none.
+    """
+    if Path(path).is_dir():
+        return _in_folder(Path(path))
+    if Path(path).is_file():
+        return path
+    entry = registry().get(path)
+    if entry is not None and entry.kind != "checkpoint":
+        raise UserError(f"{path}: names {entry.kind} of weights/registry.yaml, no checkpoint")
+    if entry is not None:
+        return str(fetch(path))
+    if HUB_ID.fullmatch(path) and Path(path).suffix not in ENDINGS and not Path(path).parent.is_dir():
+        return from_hub(path)
+    raise UserError(f"{path}: no such checkpoint")
+
+
+def checkpoint_config(
+    file: str, overrides: Sequence[str] = (), config: str | None = None, default: str | None = None
+) -> tuple[DictConfig, str]:
+    """The config a weights file is used with, and where it is from.
+
+    It is the one named by `config`, else the config.yaml of the file's run, else the settings in its own header, else
+    `default` (None: by its number of classes). overrides: key=value pairs on top.
+    """
+    own = run_folder(file) / "config.yaml"
+    if config is None and own.is_file():
+        config = str(own)
+    settings = read_meta(file).get("settings")
+    if config is None and settings is not None:
+        return load_settings(settings, file, overrides), file
+    name = config or default or DEFAULTS.get(classifier_rows(file), DEFAULT)
+    return load_config(name, overrides), name
+
+
+def checkpoint_classes(file: str, config: DictConfig) -> tuple[str, ...]:
+    """The class names of a weights file: its own note's, else those of the config's data, if their number is right."""
+    noted = read_meta(file).get("classes")
+    if noted is not None:
+        return tuple(noted)
+    classes = class_names(config.data)
+    check_classes(file, classes)
+    return classes
+
+
+def from_hub(name: str, **how) -> str:
+    """The weights file of `owner/name` on the Hub, from its cache if it is there. how: for hf_hub_download."""
+    try:
+        return hf_hub_download(name, SAFETENSORS_SINGLE_FILE, **{"local_files_only": is_offline(), **how})
+    except Exception as error:   # its own, those of its HTTP client and of the file system
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{name}: no such checkpoint here, and the Hub does not give it: {reason}") from None
+
+
+def _in_folder(folder: Path) -> str:
+    """The weights file of a folder: as the Hub names it, else the only one."""
+    files = sorted(folder.glob("*.safetensors"))
+    shared = folder / SAFETENSORS_SINGLE_FILE
+    if shared in files:
+        return str(shared)
+    if len(files) != 1:
+        found = f"{len(files)} .safetensors files" if files else "no .safetensors file"
+        raise UserError(f"{folder}: {found} in this folder; give the weights file itself (of a run, in checkpoints/)")
+    return str(files[0])

@@ -1,0 +1,197 @@
+"""A method over many images: batches of one size, threads, and files that a second run goes on from."""
+
+import itertools
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from datasets import EvalItem, Unreadable
+from engine.distributed import Ranks, barrier, loader_workers, use_tf32
+from engine.inference.predict import Plan, Prediction, evaluation_mode, predict_batch
+from utils.errors import UserError
+from utils.files import replacing
+
+GPU_BATCH, GPU_PIXELS = 8, 2_000_000   # of the images that a GPU computes together: the number, and at most so many
+WAITING = 8
+SETTINGS = "settings.json"
+
+
+class Written(NamedTuple):
+    """What `write_predictions` did in this process: images written, found done already, not readable; its seconds."""
+
+    written: int
+    skipped: int
+    failed: int
+    seconds: float
+
+
+@contextmanager
+def over_images(
+    method: nn.Module, items: Iterable[EvalItem], plan: Plan, device: torch.device,
+    then: Callable[[EvalItem, Prediction], Any], batch_size: int | None = None, at_once: int | None = None,
+) -> Iterator[Iterator[Any]]:
+    """Gives an iterator of then(item, prediction), which threads call while the device computes further batches.
+
+    items: with `name`, `image` (3, H, W) and `labels` (K,), None where the plan predicts them. batch_size: how many
+    images of one size go through the method together; None: 1 on a CPU, on a GPU 8, fewer of large images. at_once: see
+    `image_threads`.
+    """
+    def together(size: torch.Size) -> int:
+        by_pixels = GPU_PIXELS // (size[-2] * size[-1]) if device.type == "cuda" else 1
+        return batch_size or max(1, min(GPU_BATCH, by_pixels))
+
+    def computed(group: list[EvalItem]) -> list:
+        images = torch.stack([item.image for item in group]).to(device)
+        predictions = predict_batch(method, images, _labels(group, device), plan, [item.name for item in group])
+        return [then(item, prediction) for item, prediction in zip(group, predictions, strict=True)]
+
+    with evaluation_mode(method), image_threads(device, at_once) as threads:
+        yield itertools.chain.from_iterable(in_threads(computed, same_size(items, together), threads, device))
+
+
+def write_predictions(
+    method: nn.Module, dataset: Dataset, plan: Plan, ranks: Ranks, config: DictConfig,
+    write: Callable[[EvalItem, Prediction], None], finished: Callable[[str], bool], title: str,
+) -> Written:
+    """Calls write(item, prediction) for every image of `dataset` that is not finished(name), with a bar.
+
+    dataset: with `names`; an item is an EvalItem or `Unreadable`, which is reported and counted. Rank r takes the
+    images r, r + world, ... One image alone is computed with all threads of the CPU.
+    """
+    started, share = time.perf_counter(), range(ranks.rank, len(dataset), ranks.world)
+    todo = [index for index in share if not finished(dataset.names[index])]
+    use_tf32(config.train.tf32)
+    workers = loader_workers(config, ranks) if len(todo) > 1 else 0
+    loader = DataLoader(Subset(dataset, todo), batch_size=None, collate_fn=as_is, num_workers=workers)
+    failed = []
+
+    def readable() -> Iterator[EvalItem]:
+        for item in loader:
+            if isinstance(item, Unreadable):
+                failed.append(item)
+                tqdm.write(item.reason, file=sys.stderr)
+                bar.update()
+            else:
+                yield item
+
+    bar = tqdm(desc=title, total=len(todo), unit="image", disable=ranks.rank != 0, dynamic_ncols=True)
+    at_once, batch_size = 1 if len(todo) == 1 else None, config.evaluate.images_at_once
+    with bar, over_images(method, readable(), plan, ranks.device, write, batch_size, at_once) as done:
+        for _ in done:
+            bar.update()
+    seconds = time.perf_counter() - started
+    return Written(len(todo) - len(failed), len(share) - len(todo), len(failed), seconds)
+
+
+def same_size(items: Iterable[EvalItem], together: Callable[[torch.Size], int]) -> Iterator[list[EvalItem]]:
+    """The items in lists of up to together(size) images of one size. At most WAITING such lists wait for company."""
+    waiting: dict[torch.Size, list[EvalItem]] = {}
+    for item in items:
+        group = waiting.setdefault(item.image.shape, [])
+        group.append(item)
+        if len(group) == together(item.image.shape):
+            yield waiting.pop(item.image.shape)
+        elif sum(len(group) / together(size) for size, group in waiting.items()) > WAITING:
+            yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
+    yield from waiting.values()
+
+
+@contextmanager
+def image_threads(device: torch.device, at_once: int | None = None) -> Iterator[int]:
+    """How many batches to compute at once: on a CPU one for each of torch's threads, which has one thread meanwhile;
+    on a GPU two, so that it need not wait while labels are brought back and counted. at_once: 1 for one batch after
+    the other, with all threads."""
+    if at_once == 1 or device.type != "cpu":
+        yield at_once or 2
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_threads(function: Callable, items: Iterable, threads: int, device: torch.device) -> Iterator:
+    """map(function, items) in order, on that many threads; items are taken only as they are needed."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    on_cpu = device.type == "cpu"
+    begin, given = (torch.set_num_threads, 1) if on_cpu else (torch.cuda.set_device, device)   # each thread's own
+    with ThreadPoolExecutor(threads, initializer=begin, initargs=(given,)) as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) -> None:
+    """Notes in FOLDER/settings.json what its files are made with, so that a second run may go on with them.
+
+    Raises UserError, unless `overwrite` is asked for, where they were made with other settings, naming what differs,
+    and where the folder holds files and no such note.
+    """
+    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
+    if ranks.rank == 0:
+        earlier = None if overwrite else _read_settings(path)
+        if earlier is None and not overwrite and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder}: holds files that are not of this tool; give another folder, or --overwrite")
+        for key in {**settings, **earlier} if earlier is not None else ():
+            if earlier.get(key) != settings.get(key):
+                raise UserError(
+                    f"{folder}: its files were made with {key} = {earlier.get(key)}, not {settings.get(key)};"
+                    " give another folder, or --overwrite"
+                )
+        if earlier is None:
+            with replacing(path) as part:
+                part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    barrier()
+
+
+def is_finished(path: Path) -> Callable[[Path], bool]:
+    """Whether a file is there and not older than FOLDER/settings.json, which an overwriting run writes anew."""
+    since = (path / SETTINGS).stat().st_mtime_ns
+    return lambda file: file.is_file() and file.stat().st_mtime_ns >= since
+
+
+def made_with(file: str, plan: Plan, config: DictConfig) -> dict:
+    """What predictions depend on beside the images: the weights file (name, size, time), the plan, the model."""
+    about, model = Path(file).stat(), OmegaConf.to_container(config.model)
+    del model["weights"]   # those it once started from
+    return {"checkpoint": [Path(file).name, about.st_size, about.st_mtime_ns], **plan._asdict(), "model": model}
+
+
+def as_is(item: Any) -> Any:
+    """The collate function of a loader whose items stay single."""
+    return item
+
+
+def _read_settings(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path}: cannot be read; give another folder, or --overwrite") from None
+
+
+def _labels(group: list[EvalItem], device: torch.device) -> Tensor | None:
+    if any(item.labels is None for item in group):
+        return None
+    return torch.stack([item.labels for item in group]).to(device)

@@ -1,0 +1,91 @@
+"""The benchmarks of training on tiny sizes."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import step_speed
+from tests.benchmarks.test_benchmark import run
+
+TINY = ["--batch", "2", "--crop", "128", "--backbone", "vit_tiny_patch16_224", "--repeats", "1"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What one call of all of them prints, and its JSON's rows."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    noise = np.random.default_rng(0)
+    for index in range(3):
+        cv2.imwrite(str(folder / f"{index}.jpg"), noise.integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    output = run("step", "parts", "data", *TINY, "--threads", "1", "--images", folder, "--json", folder / "b.json")
+    return output.stdout, json.loads((folder / "b.json").read_text())["rows"]
+
+
+def flops(side, images):
+    """Of images through the 12 blocks of a ViT of width 192, about."""
+    tokens, dim = (side // 16) ** 2 + 24, 192
+    return images * 12 * 2 * tokens * dim * (12 * dim + 2 * tokens)
+
+
+def test_step(written):
+    output, rows = written
+    row = rows[0]
+    assert (row["benchmark"], row["batch"], row["precision"], row["host_reads"]) == ("step", 2, "fp32", 0)
+    assert row["ratio"] > 0 and row["difference"] < 1e-4 and row["operators"] > 1000
+    # the peak is that of a process of its own: this one, torch and a ViT of 6 million parameters
+    assert set(row["peak_gb"]) == {"ours", "plain"} and all(0.2 < peak < 3 for peak in row["peak_gb"].values())
+    phases = {"CAM pass", "refine", "forward", "losses", "backward", "optimizer"}
+    assert set(row["phases"]) == phases and all(spent > 0 for spent in row["phases"].values())
+    assert sum(row["phases"].values()) == pytest.approx(row["seconds"]["ours"], rel=0.2)
+    # forward and backward of 2 images, their mirrors, and both at the other scales
+    expected = flops(128, 3 * 2 + 2) + sum(flops(int(128 * scale), 4) for scale in (0.5, 0.75, 1.5))
+    assert row["flops"] == pytest.approx(expected, rel=0.25)
+    assert 0 < row["utilisation"] < 1
+    assert f"{row['operators']} operators, 0 host reads" in output
+
+
+def test_parts(written):
+    _, rows = written
+    parts = {row["part"]: row for row in rows if row["benchmark"] == "parts"}
+    assert list(parts) == ["refine", "uncertain", "certain"]
+    for name, row in parts.items():
+        assert row["host_reads"] == 0 and row["ratio"] > 0, name
+        assert row["difference"] < (1e-3 if name == "refine" else 1e-5), name
+    assert parts["uncertain"]["operators"] <= 80
+
+
+def test_data(written):
+    output, rows = written
+    (row,) = (row for row in rows if row["benchmark"] == "data")
+    assert row["decode"] > 0 and row["augment"] > 0 and row["images_a_second"]["1"] > 1
+    assert "1 worker(s)" in output
+
+
+def test_two_processes(tmp_path):
+    arguments = ["--backbone", "vit_tiny_patch16_224", "--crop", "64", "--repeats", "1"]
+    output = run("ddp", *arguments, "--json", tmp_path / "d.json").stdout
+    (row,) = json.loads((tmp_path / "d.json").read_text())["rows"]
+    assert set(row["seconds"]) == {"1", "2"} and row["ratio"] > 0.2
+    assert "times the images a second" in output
+
+
+def test_data_needs_images():
+    assert "--images" in run("data", code=2).stderr
+
+
+def test_no_gpu_is_said(tmp_path):
+    run("step", "--device", "cuda", "--json", tmp_path / "g.json", CUDA_VISIBLE_DEVICES="")
+    (row,) = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert row["measured"] is False and "seconds" not in row
+
+
+def test_the_counter_tells_views_and_reads():
+    x = torch.arange(6.0)
+    with step_speed.Counter() as counter:
+        x.view(2, 3)[:, 1:].transpose(0, 1)
+        assert counter.operators == 0
+        int((x * 2).sum())
+    assert (counter.operators, counter.host_reads) == (3, 1)
