@@ -239,7 +239,7 @@ def print_line(cells: list[str], widths: list[int]) -> None:
 
 
 def training(name: str, options: argparse.Namespace) -> list[dict]:
-    from tools import step_speed  # here, as it imports this file
+    from benchmarks import step_speed  # here, as it imports this file
 
     return getattr(step_speed, name)(options)
 
