@@ -42,7 +42,7 @@ from torch import Tensor
 from engine.launch import run_script
 from bilateralfilter import DenseCRF, _extension, bilateral_filter
 from datasets import shapes
-from utils.config import load_config
+from engine.config import load_config
 from utils.crf import dense_crf
 from utils.errors import UserError
 from utils.files import ROOT

@@ -28,13 +28,13 @@ from datasets.sets import TrainSet
 from datasets.transforms import build_augmentation, seeded
 from engine.distributed import Ranks, barrier, cleanup, setup
 from engine.training.sampler import GlobalBatches
-from engine.training.train import Trainer
+from engine.training.step import Trainer
 from model.losses.ratio import local_ratio
 from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
 from model.more.method import MoRe
 from model.pseudo_labels import refined_labels
 from utils.batch import Batch, most_classes
-from utils.config import load_config
+from engine.config import load_config
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.images import normalize, read_rgb

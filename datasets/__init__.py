@@ -11,14 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 
 from datasets import coco, shapes, voc
+from datasets.config import Data
 from datasets.files import FileItem, ImageFiles, Unreadable, find_images, unique_names
 from datasets.labels import MASKS, load_labels
 from datasets.samples import Sample, find_list
 from datasets.sets import EvalItem, EvalSet, ImageSet, TrainItem, TrainSet, collate_train
 from datasets.transforms import build_augmentation
+from utils.config import Section
 from utils.errors import UserError
 from utils.files import ROOT
 
@@ -33,7 +34,7 @@ SHAPES_FOLDER = ROOT / "data" / "shapes"
 ROOT_VARIABLES = {"voc": "VOC_ROOT", "coco": "COCO_ROOT"}
 
 
-def build_train_set(config: DictConfig) -> TrainSet:
+def build_train_set(config: Section) -> TrainSet:
     """The split config.data.train_split with the augmentation of config.data; masks are needed only as labels' source.
 
     Raises UserError for a missing folder, list, image or label before any training starts.
@@ -42,7 +43,7 @@ def build_train_set(config: DictConfig) -> TrainSet:
     return TrainSet(*_load(config.data, config.data.train_split, need_masks), build_augmentation(config.data))
 
 
-def build_val_set(config: DictConfig, split: str | None = None) -> EvalSet:
+def build_val_set(config: Section, split: str | None = None) -> EvalSet:
     """The split `split` (None: config.data.val_split) at native size with its masks. Raises UserError."""
     split = split or config.data.val_split
     if split is None:
@@ -50,7 +51,7 @@ def build_val_set(config: DictConfig, split: str | None = None) -> EvalSet:
     return EvalSet(*_load(config.data, split, need_masks=True))
 
 
-def build_image_set(config: DictConfig, split: str) -> ImageSet:
+def build_image_set(config: Section, split: str) -> ImageSet:
     """A split at native size without its masks; with image labels where config.evaluate takes given ones.
 
     The samples name the masks that are there. Raises UserError.
@@ -62,13 +63,13 @@ def build_image_set(config: DictConfig, split: str) -> ImageSet:
     return ImageSet(samples, None, _classes_of(config.data, root))
 
 
-def class_names(data: DictConfig) -> tuple[str, ...]:
+def class_names(data: Data) -> tuple[str, ...]:
     """The names of the classes, without background: data.classes, else the data set's own."""
     return tuple(data.classes) if data.classes else LAYOUTS[data.name].CLASSES
 
 
 def _load(
-    data: DictConfig, split: str, need_masks: bool
+    data: Data, split: str, need_masks: bool
 ) -> tuple[list[Sample], Callable[[Sample], torch.Tensor], tuple[str, ...]]:
     """Samples, labels (a function of a sample) and classes of a split."""
     root = find_root(data)
@@ -77,7 +78,7 @@ def _load(
     return samples, load_labels(data.image_labels, root, list_path.parent, samples, classes), classes
 
 
-def _classes_of(data: DictConfig, root: Path) -> tuple[str, ...]:
+def _classes_of(data: Data, root: Path) -> tuple[str, ...]:
     """As `class_names`, but the folder's own classes.txt, one name a line, comes before the data set's."""
     own = root / "classes.txt"
     if data.classes or not own.is_file():
@@ -89,24 +90,22 @@ def _classes_of(data: DictConfig, root: Path) -> tuple[str, ...]:
     return classes
 
 
-def _samples(data: DictConfig, root: Path, split: str, need_masks: bool) -> tuple[list[Sample], Path]:
+def _samples(data: Data, root: Path, split: str, need_masks: bool) -> tuple[list[Sample], Path]:
     """The samples of a split, and its list."""
     layout = LAYOUTS[data.name]
     list_path = find_list(split, layout.list_folders(root), root)
     return layout.read_samples(root, list_path, need_masks), list_path
 
 
-def find_root(data: DictConfig) -> Path:
+def find_root(data: Data) -> Path:
     """The data's folder: data.root, else the environment variable of the data set; shapes are generated if need be.
 
-    Raises UserError for an unknown data.name, and where neither is given (but for shapes) or the folder is missing.
+    Raises UserError where neither is given (but for shapes) or the folder is missing.
     """
-    if data.name not in LAYOUTS:
-        raise UserError(f"data.name={data.name}: known data sets are {', '.join(LAYOUTS)}")
     if data.name == "shapes":
-        own = SHAPES_FOLDER / "v{}_seed{seed}_{train}_{val}_{size}px".format(shapes.VERSION, **data.shapes)
+        own = SHAPES_FOLDER / "v{}_seed{seed}_{train}_{val}_{size}px".format(shapes.VERSION, **dict(data.shapes))
         root = Path(data.root).expanduser() if data.root else own
-        shapes.generate(root, **data.shapes)
+        shapes.generate(root, **dict(data.shapes))
         return root
     variable = ROOT_VARIABLES[data.name]
     root = data.root or os.environ.get(variable)

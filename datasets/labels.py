@@ -7,7 +7,6 @@
     masks                   ids in the mask except 0 and 255
 """
 
-import difflib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from datasets.onehot import read_onehot
 from datasets.samples import Sample, require_folder
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 from utils.images import IGNORE, read_label_map
 
 MASKS = "masks"  # the value of data.image_labels that asks for labels from masks
@@ -157,8 +156,7 @@ def multi_hot(present: Iterable[str], classes: tuple[str, ...], source: object, 
     labels = np.zeros(len(classes), np.float32)
     for label in present:
         if label not in classes:
-            near = difflib.get_close_matches(label, classes, n=1, cutoff=0)
-            raise UserError(f"{source}: image {name} has the unknown class {label!r}; the nearest known is {near[0]!r}")
+            raise UserError(f"{source}: image {name} has the unknown class {label!r}{did_you_mean(label, classes)}")
         labels[classes.index(label)] = 1
     return labels
 

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from utils.errors import UserError
+from datasets.config import Data
 from utils.images import normalize
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
@@ -32,7 +31,7 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-class VocAugmentation:
+class ResizedCrop:
     """RandomResizedCrop (bicubic), flip, ColorJitter with probability 0.5."""
 
     def __init__(self, crop_size: int, resize_range: tuple[float, float]):
@@ -50,7 +49,7 @@ class VocAugmentation:
         return crop, torch.ones(crop.shape[1:], dtype=torch.bool)
 
 
-class CocoAugmentation:
+class ScaleAndPad:
     """ColorJitter with probability 0.8, resize by a uniform factor (bilinear), flip, pad and crop at random places."""
 
     def __init__(self, crop_size: int, resize_range: tuple[float, float]):
@@ -86,14 +85,9 @@ class CocoAugmentation:
         return (here, there) if side > self.crop_size else (there, here)
 
 
-AUGMENTATIONS = {"voc": VocAugmentation, "coco": CocoAugmentation}
+AUGMENTATIONS = {"resized_crop": ResizedCrop, "scale_and_pad": ScaleAndPad}   # as released for VOC, for COCO
 
 
-def build_augmentation(data: DictConfig) -> Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]:
-    """The augmentation that config.data names. Raises UserError for an unknown name, size or range."""
-    if data.augmentation not in AUGMENTATIONS:
-        raise UserError(f"data.augmentation={data.augmentation}: known are {', '.join(AUGMENTATIONS)}")
-    low, high = data.resize_range
-    if data.crop_size < 1 or not 0 < low <= high:
-        raise UserError(f"data.crop_size={data.crop_size}, data.resize_range=[{low}, {high}]: positive, low <= high")
-    return AUGMENTATIONS[data.augmentation](data.crop_size, (low, high))
+def build_augmentation(data: Data) -> Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]:
+    """The augmentation that config.data names."""
+    return AUGMENTATIONS[data.augmentation](data.crop_size, data.resize_range)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch import Tensor
 
+from engine.config import RunConfig
 from utils.errors import UserError
 
 
@@ -43,7 +43,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)   # threads are given a device by its index
 
 
-def loader_workers(config: DictConfig, ranks: Ranks) -> int:
+def loader_workers(config: RunConfig, ranks: Ranks) -> int:
     """data.workers; null: this process's share of the machine's cores less one, at most 16; on a CPU, which trains
     with the same cores, at most 1."""
     if config.data.workers is not None:

@@ -1,12 +1,14 @@
 """Multi-scale and flip inference, shared by the methods."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Maps = tuple[Tensor, ...]
+from model.method import MapPlan
 
 PIXELS_AT_ONCE = 1 << 19   # of the images that go through the network together
 
@@ -36,65 +38,87 @@ def merge_flip(maps: Tensor, flip: bool, merge: Callable[[Tensor, Tensor], Tenso
     return merge(straight, mirrored.flip(-1))
 
 
-def scaled(images: Tensor, scale: float) -> Tensor:
-    """images at (int(scale * H), int(scale * W))."""
-    return resize(images, (int(scale * images.shape[-2]), int(scale * images.shape[-1])))
-
-
 def min_max(maps: Tensor) -> Tensor:
     """Every map of (B, K, H, W) to [0, 1]: minus its minimum, over its range + 1e-5."""
     maps = maps - maps.amin((-2, -1), keepdim=True)
     return maps / (maps.amax((-2, -1), keepdim=True) + 1e-5)
 
 
-def localization_maps(
-    images: Tensor,
-    coarse_maps: Callable[[Tensor], Maps],
-    scales: Sequence[float],
-    flip: bool,
-    relu: bool,
-    known: Maps | None = None,
-) -> Maps:
-    """Maps (B, K, H, W) in [0, 1], summed over scales with the larger of image and flip at each.
+class Fusion(NamedTuple):
+    """How the maps of an image's scales and of its mirror become one.
 
-    coarse_maps: images -> one or several maps (B, K, h, w). Scale 1 is always there, first and once.
-    relu: drop what is negative at each scale (CAM); without it the raw maps are summed (LAM).
-    known: coarse_maps(images) where the caller has them already.
+    flip, scales: merge two maps. each: what is done to the map of every scale, last: to the result. from_square: the
+    scales are made from the square of scale 1, where there is one, and not from the image; the result has its size.
     """
-    size = images.shape[-2:]
-    total: list[Tensor] = []
-    for scale in [1.0, *(s for s in scales if s != 1.0)]:
-        if scale == 1 and known is not None:
-            mirrored = [in_parts(coarse_maps, images.flip(-1))] if flip else []
-            coarse = tuple(torch.cat(parts) for parts in zip(known, *mirrored, strict=True))
-        else:
-            coarse = in_parts(coarse_maps, with_flip(scaled(images, scale), flip))
-        for index, raw in enumerate(coarse):
-            maps = merge_flip(resize(full_precision(raw), size), flip, torch.maximum)
-            maps = maps.relu() if relu else maps
-            if index < len(total):
-                total[index] = total[index] + maps
-            else:
-                total.append(maps)
-    return tuple(min_max(m) for m in total)
+
+    flip: Callable[[Tensor, Tensor], Tensor]
+    scales: Callable[[Tensor, Tensor], Tensor]
+    each: Callable[[Tensor], Tensor] = lambda maps: maps
+    last: Callable[[Tensor], Tensor] = lambda maps: maps
+    from_square: bool = False
 
 
-def in_parts(function: Callable[[Tensor], Maps], images: Tensor) -> Maps:
+# CAM as released: the larger of image and flip, what is positive of it, summed over scales, to [0, 1]
+SUM_OF_POSITIVE = Fusion(torch.maximum, torch.add, torch.relu, min_max, from_square=True)
+SUM = SUM_OF_POSITIVE._replace(each=lambda maps: maps)
+# logits: the sum of image and flip, the largest over scales
+LARGEST = Fusion(torch.add, torch.maximum)
+
+
+def fused_maps(
+    images: Tensor,
+    kinds: Mapping[str, tuple[MapPlan, Fusion]],
+    coarse_maps: Callable[[Tensor, Collection[str]], dict[str, Tensor]],
+    known: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Maps (B, C, H, W) of several kinds, at the size of `images`; an input that several kinds need is computed once.
+
+    kinds: for each how it is made and fused, scales in the order of summation. coarse_maps: images and kinds -> a map
+    (B, C, h, w) of each. known: coarse_maps of the images themselves, where the caller has them already.
+    """
+    # an input, by the side of the square it is made from (None: from the image itself) and its size -> who needs it
+    views: dict[tuple[int | None, int, int], list[str]] = {}
+    for kind, (plan, fusion) in kinds.items():
+        square = (plan.side,) * 2 if plan.side else tuple(images.shape[-2:])
+        for scale in plan.scales:
+            size = int(scale * square[0]), int(scale * square[1])
+            source = plan.side if fusion.from_square and size != square else None
+            views.setdefault((source, *size), []).append(kind)
+    total: dict[str, Tensor] = {}
+    for (source, *size), needed in views.items():
+        inputs = resize(resize(images, (source, source)) if source else images, size)
+        flip = any(kinds[kind][0].flip for kind in needed)
+        raw = _coarse(inputs, flip, partial(coarse_maps, kinds=needed), known if inputs is images else None)
+        for kind in needed:
+            plan, fusion = kinds[kind]
+            out = (plan.side,) * 2 if plan.side and fusion.from_square else images.shape[-2:]
+            maps = resize(full_precision(raw[kind] if plan.flip else raw[kind][: len(images)]), out)
+            maps = fusion.each(merge_flip(maps, plan.flip, fusion.flip))
+            total[kind] = fusion.scales(total[kind], maps) if kind in total else maps
+    return {kind: resize(fusion.last(total[kind]), images.shape[-2:]) for kind, (_, fusion) in kinds.items()}
+
+
+def _coarse(
+    inputs: Tensor, flip: bool, coarse_maps: Callable[[Tensor], dict[str, Tensor]], known: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The coarse maps of the inputs and, with `flip`, of their mirrors behind them."""
+    if known is None:
+        return in_parts(coarse_maps, with_flip(inputs, flip))
+    if not flip:
+        return dict(known)
+    mirrored = in_parts(coarse_maps, inputs.flip(-1))
+    return {kind: torch.cat([known[kind], maps]) for kind, maps in mirrored.items()}
+
+
+def with_scale_1(scales: Sequence[float]) -> tuple[float, ...]:
+    """The scales that CAMs are summed over: 1 is always one of them, and the first."""
+    return (1.0, *(scale for scale in scales if scale != 1.0))
+
+
+def in_parts(function: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
     """function(images); on a CPU of a few images at a time, which is as fast and takes less memory."""
     count = max(1, PIXELS_AT_ONCE // images[0, 0].numel()) if images.device.type == "cpu" else len(images)
     if count >= len(images):
         return function(images)
     parts = [function(part) for part in images.split(count)]
-    return tuple(torch.cat(maps) for maps in zip(*parts, strict=True))
-
-
-def segmentation_logits(
-    images: Tensor, logits: Callable[[Tensor], Tensor], scales: Sequence[float], flip: bool, out_size: Sequence[int]
-) -> Tensor:
-    """Logits (B, K+1, *out_size): sum over image and flip, maximum over scales."""
-    fused = None
-    for scale in scales:
-        maps = resize(full_precision(logits(with_flip(scaled(images, scale), flip))), out_size)
-        maps = merge_flip(maps, flip, torch.add)
-        fused = maps if fused is None else torch.maximum(fused, maps)
-    return fused
+    return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}

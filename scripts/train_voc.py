@@ -1,9 +1,9 @@
 """Trains on data in the VOC layout: train_voc.py tag=TAG [config=more_voc] [key=value ...], under torchrun."""
 
 from engine.launch import run_script
+from engine.config import load_config, split_config
 from engine.distributed import cleanup, setup
 from engine.training.train import train
-from utils.config import load_config, split_config
 
 
 def main(argv: list[str], default: str = "more_voc") -> None:

@@ -13,7 +13,7 @@ from engine.checkpoints.opening import SUMS, checkpoint_config, find_checkpoint
 from engine.distributed import cleanup, setup
 from engine.evaluation.evaluate import check_classes, evaluate, run_folder
 from model import build_method
-from utils.config import split_config
+from engine.config import split_config
 from utils.errors import UserError
 
 

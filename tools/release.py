@@ -26,7 +26,7 @@ from datasets.prepare.sources import sha256
 from engine.checkpoints.files import BEST, read_meta, save_weights
 from engine.checkpoints.opening import SUMS, Opened, open_checkpoint
 from engine.evaluation.results import title
-from utils.config import load_config, load_settings, portable, save_config
+from engine.config import load_config, load_settings, portable, save_config
 from utils.errors import UserError
 from utils.files import ROOT
 

@@ -24,7 +24,7 @@ from engine.evaluation.evaluate import check_classes
 from engine.inference.images import claim_folder, is_finished, made_with, write_predictions
 from engine.inference.predict import KINDS, Prediction, evaluation_plan, row_name
 from engine.inference.submission import COMPETITIONS, TEST_IMAGES, write_archive
-from utils.config import load_config
+from engine.config import load_config
 from utils.errors import UserError
 from utils.images import write_label_png
 

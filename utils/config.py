@@ -1,337 +1,167 @@
-"""One config a run: configs/default.yaml, then the run's YAML, then key=value from the command line.
+"""The machinery of configs: typed sections, settings in layers, errors of one line.
 
-default.yaml is the schema: a key it does not have is an error, and so is a value of another type than its own.
-What its values cannot say (keys that may be null, choices, ranges) stands in the tables below.
+A section is a frozen pydantic model with one line a key: type, range, default, and where the default is from.
+
+    class Train(Section):
+        lr: NotNegative = key(6e-5, "paper")
+
+`Layers` puts settings on top of each other (a method's defaults, YAML files, the command line), remembers where each
+value is from, and gives the checked section. The keys themselves stand in engine/config.py, datasets/config.py and the
+config.py of each method.
 """
 
-import difflib
-import importlib.metadata
-import json
-import math
 import os
-import subprocess
-import sys
-import time
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import annotated_types as bounds
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
-from utils.errors import UserError
-from utils.files import ROOT
+from utils.errors import UserError, likeness, nearest
+from utils.files import replacing
 
-CONFIGS = ROOT / "configs"
 COMMAND_LINE = "on the command line"
 
-# Keys that may be null, with the type of their other values.
-OPTIONAL: dict[str, type | list[type]] = {
-    "tag": str,
-    "resume": str,
-    "data.root": str,
-    "data.val_split": str,
-    "data.image_labels": str,
-    "data.classes": [str],
-    "data.workers": int,
-    "model.weights": str,
-    "train.validate_images": int,
-    "evaluate.base_size": int,
-    "evaluate.images": int,
-    "evaluate.images_at_once": int,
-    "evaluate.save_labels": str,
-    "evaluate.save_overlays": str,
-}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("more",),
-    "resume": ("auto",),
-    "data.name": ("voc", "coco", "shapes"),
-    "data.augmentation": ("voc", "coco"),
-    "train.precision": ("fp32", "bf16"),
-    "evaluate.image_labels": ("given", "predicted"),
-    "evaluate.predict_from": ("classifier", "segmentation"),
-    "crf.backend": ("lattice", "pydensecrf"),
-}
-# Smallest and largest value (None: no limit), of every element where the value is a list.
-RANGES: dict[str, tuple[float, float | None]] = {
-    "seed": (0, None),
-    "data.crop_size": (1, None),
-    "data.workers": (0, None),
-    "model.registers": (0, None),
-    "model.token_ratio": (0, 1),
-    "model.decoder_channels": (1, None),
-    "pseudo_labels.high": (0, 1),
-    "pseudo_labels.low": (0, 1),
-    "pseudo_labels.certain.aux": (0, 1),
-    "pseudo_labels.certain.main": (0, 1),
-    "pseudo_labels.uncertain.aux": (0, 1),
-    "pseudo_labels.uncertain.main": (0, 1),
-    "pseudo_labels.par_iterations": (0, None),
-    "pseudo_labels.par_dilations": (1, None),
-    "loss.uncertain_tokens": (1, None),
-    "train.iterations": (1, None),
-    "train.batch_size": (1, None),
-    "train.lr": (0, None),
-    "train.head_lr_factor": (0, None),
-    "train.warmup_iterations": (0, None),
-    "train.weight_decay": (0, None),
-    "train.betas": (0, 1),
-    "train.log_every": (1, None),
-    "train.picture_every": (1, None),
-    "train.checkpoint_every": (1, None),
-    "train.validate_every": (1, None),
-    "train.validate_images": (1, None),
-    "evaluate.base_size": (1, None),
-    "evaluate.min_pixels": (1, None),
-    "evaluate.bkg": (0, 1),
-    "evaluate.images": (1, None),
-    "evaluate.images_at_once": (1, None),
-    "evaluate.report_images": (0, None),
-    "crf.iterations": (0, None),
-    "crf.pos_w": (0, None),
-    "crf.bi_w": (0, None),
-}
-POSITIVE = (
-    "data.resize_range",
-    "pseudo_labels.cam_scales",
-    "loss.certain_temperature",
-    "loss.token_temperature",
-    "loss.energy_sigma_rgb",
-    "loss.energy_sigma_xy",
-    "loss.energy_scale",
-    "evaluate.cam_scales",
-    "evaluate.lam_scales",
-    "evaluate.multi_scales",
-    "evaluate.seg_scales",
-    "crf.pos_xy_std",
-    "crf.bi_xy_std",
-    "crf.bi_rgb_std",
-)
-PAIRS_HIGH_LOW = (
-    "pseudo_labels.certain.aux",
-    "pseudo_labels.certain.main",
-    "pseudo_labels.uncertain.aux",
-    "pseudo_labels.uncertain.main",
-)
-PAIRS = ("data.resize_range", "train.betas", *PAIRS_HIGH_LOW)
-TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pydensecrf2", "safetensors")
+
+class FrozenDict(dict):
+    """A dictionary that cannot be changed."""
+
+    def _refuse(self, *_: Any) -> None:
+        raise TypeError("a config is not changed once it is resolved")
+
+    __setitem__ = __delitem__ = update = pop = clear = setdefault = popitem = _refuse
+
+    def __reduce__(self) -> tuple:
+        return FrozenDict, (dict(self),)
 
 
-def load_config(name: str | os.PathLike | None = None, overrides: Sequence[str] = ()) -> DictConfig:
-    """The resolved config of a run.
-
-    name: a file of configs/ without its ending ('more_voc'), the path of a YAML, or None for the defaults alone.
-    overrides: key=value pairs with dotted keys, the last one wins.
-    Raises UserError for an unknown file or key (with the nearest known one), a wrong type or a value out of range.
-    """
-    if name is None:
-        return _resolve([], overrides)
-    path = find_config(name)
-    return _resolve([(f"in {path}", _read_yaml(path))], overrides)
+def _flag(value: Any) -> Any:
+    return {"true": True, "false": False}.get(str(value).lower(), "neither")   # not YAML's yes, on or 1
 
 
-def load_settings(settings: Mapping, source: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The same from settings that are at hand, as `portable` gives them; source: where they are from, for errors."""
-    return _resolve([(f"in {source}", settings)], overrides)
-
-
-def portable(config: DictConfig) -> dict:
-    """The resolved config as plain values, to share: without the place of the data and the folders of this machine.
-
-    Of an absolute path, one from a home (~) or from outside (..), the last part stays.
-    """
-    settings = _without_folders(OmegaConf.to_container(config, resolve=True))
-    return {**settings, "resume": None, "data": {**settings["data"], "root": None}}
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_folders(one) for key, one in value.items()}
+def _as_yaml(value: Any) -> Any:
+    """The texts of a free mapping as YAML reads them: 6, 0.5, true."""
+    if isinstance(value, Mapping):
+        return {key: _as_yaml(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_without_folders(one) for one in value]
-    if isinstance(value, str) and (value.startswith(("/", "~", "..")) or PureWindowsPath(value).drive):
-        return PureWindowsPath(value).name
-    return value
-
-
-def _resolve(layers: list[tuple[str, Mapping]], overrides: Sequence[str]) -> DictConfig:
-    default = _read_yaml(CONFIGS / "default.yaml")
-    layers = [*layers, *((COMMAND_LINE, _parse_override(item, default)) for item in overrides)]
-    config = OmegaConf.create(default)
-    for source, layer in layers:
-        checked = _check_mapping(layer, default, "", source)
-        config = OmegaConf.merge(config, checked)
-    _check_values(OmegaConf.to_container(config), ", ".join(dict.fromkeys(source for source, _ in layers)))
-    return config
-
-
-def split_config(argv: Sequence[str], default: str | None) -> tuple[str | None, list[str]]:
-    """Takes config=NAME out of a script's arguments: (the config's name or path, the other arguments)."""
-    names = [item.removeprefix("config=") for item in argv if item.startswith("config=")]
-    return (names or [default])[-1], [item for item in argv if not item.startswith("config=")]
-
-
-def find_config(name: str | os.PathLike) -> Path:
-    """The YAML that `name` means: an existing path, or a file of configs/. Raises UserError with the nearest name."""
-    text = os.fspath(name)
-    path = Path(text)
-    if path.is_file():
-        return path
-    if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
-        raise UserError(f"config file {text} does not exist")
-    known = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
-    if text not in known:
-        raise UserError(f"no config named '{text}': did you mean '{_nearest(text, known)}'? (have {', '.join(known)})")
-    return CONFIGS / f"{text}.yaml"
-
-
-def save_config(config: DictConfig, path: str | os.PathLike) -> None:
-    """Writes the resolved config as YAML; an interrupted call leaves the former file whole."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
-    os.replace(part, path)
-
-
-def save_provenance(config: DictConfig, folder: str | os.PathLike) -> None:
-    """Writes what a run came from into its folder.
-
-    config.yaml: the resolved config. provenance.jsonl: one line a start (a resumed run adds one) with the time,
-    the command line, the git commit (null outside of git) and the versions of Python and of the packages.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
-    start = {
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": [sys.executable, *sys.argv],
-        **_git_commit(),
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
-    }
-    with open(folder / "provenance.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
-
-
-def _read_yaml(path: Path) -> dict:
+        return [_as_yaml(one) for one in value]
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"config file {path} holds no mapping of keys to values")
-    return content
-
-
-def _parse_override(item: str, default: dict) -> dict:
-    """'a.b=1' -> {'a': {'b': 1}}; where the default is a text the value is taken as typed (tag=007 stays '007')."""
-    key, equals, text = item.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise UserError(f"'{item}' on the command line is not key=value")
-    if not text:
-        raise UserError(f"{key}= on the command line has no value; write {key}=null for none")
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{key}={text} on the command line cannot be read: {_one_line(error)}") from error
-    known = dict(leaves(default))
-    if _kind(key, known.get(key)) is str and not isinstance(value, str | None):
-        value = text
-    for part in reversed(parts):
-        value = {part: value}
-    return value
-
-
-def _check_mapping(layer: Mapping, default: Mapping, prefix: str, source: str) -> dict:
-    """`layer` with its values checked against `default` (and integers made floats where floats are due)."""
-    checked = {}
-    for name, value in layer.items():
-        key = f"{prefix}{name}"
-        if name not in default:
-            raise UserError(f"unknown key '{key}' {source}: did you mean '{_nearest_key(key.lstrip('-'))}'?")
-        expected = default[name]
-        if not isinstance(expected, Mapping):
-            checked[name] = _check_value(key, value, _kind(key, expected), source)
-        elif not isinstance(value, Mapping):
-            raise UserError(f"{key} = {value!r} {source}: expected a mapping of keys to values")
-        else:  # an empty mapping in default.yaml takes any keys
-            checked[name] = _check_mapping(value, expected, f"{key}.", source) if expected else dict(value)
-    return checked
-
-
-def _kind(key: str, default: Any) -> type | list[type] | None:
-    """The type of a key's values: bool, int, float or str, [element type] for a list, None for any."""
-    if key in OPTIONAL:
-        return OPTIONAL[key]
-    if isinstance(default, list):
-        return [type(default[0])]
-    return None if default is None else type(default)
-
-
-def _check_value(key: str, value: Any, kind: type | list[type] | None, source: str) -> Any:
-    if kind is None or (value is None and key in OPTIONAL):
+        return OmegaConf.create(f"value: {value}").value if isinstance(value, str) else value
+    except (yaml.YAMLError, OmegaConfBaseException):
         return value
-    if isinstance(kind, list):
-        fits = isinstance(value, list) and all(_fits(element, kind[0]) for element in value)
-        name = f"a list, each element {TYPE_NAMES[kind[0]]}"
-    else:
-        fits = _fits(value, kind)
-        name = TYPE_NAMES[kind]
-    if not fits:
-        null = " or null" if key in OPTIONAL else ""
-        raise UserError(f"{key} = {value!r} {source}: expected {name}{null}")
-    if kind == [float]:
-        return [float(element) for element in value]
-    return float(value) if kind is float else value
 
 
-def _fits(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, kind)
+Text = str
+FilePath = Annotated[str, "path"]   # of a file or folder of this machine: `without_folders` cuts it down
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Index = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Scales = Annotated[tuple[Positive, ...], Field(min_length=1)]
+ScalesOf = Annotated[dict[str, Scales], AfterValidator(FrozenDict)]                        # by the kind of map
+Free = Annotated[dict[str, Any], BeforeValidator(_as_yaml), AfterValidator(FrozenDict)]   # any keys
 
 
-def _check_values(config: dict, sources: str) -> None:
-    """Choices, ranges and lengths of the merged config."""
-    values = {key: value for key, value in leaves(config) if value is not None}
+class Section(BaseModel):
+    """A mapping of keys; unknown ones are refused, none is changed later. Iterating gives (key, value)."""
 
-    def refuse(key: str, expected: str) -> None:
-        raise UserError(f"{key} = {values[key]!r} ({sources or 'in configs/default.yaml'}): expected {expected}")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
-    for key, allowed in CHOICES.items():
-        if key in values and values[key] not in allowed:
-            refuse(key, " or ".join(allowed) + (" or null" if key in OPTIONAL else ""))
-    for key, (low, high) in RANGES.items():
-        if any(v < low or (high is not None and v > high) for v in _elements(values.get(key))):
-            refuse(key, f"at least {low}" if high is None else f"{low} to {high}")
-    for key in POSITIVE:
-        if key in values and (values[key] == [] or any(v <= 0 for v in _elements(values[key]))):
-            refuse(key, "numbers above 0" if isinstance(values[key], list) else "a number above 0")
-    for key in PAIRS:
-        if key in values and len(values[key]) != 2:
-            refuse(key, "two numbers")
-    for key in PAIRS_HIGH_LOW:
-        if key in values and values[key][0] < values[key][1]:
-            refuse(key, "[high, low] with high >= low")
-    if "=" in values.get("tag", ""):
-        refuse("tag", "a name; was TAG left out before the key=value arguments?")
-    classes = values.get("data.classes", [])
-    if len({"background", *classes}) != len(classes) + 1:
-        refuse("data.classes", "names that differ, without background")
-    if values["data.resize_range"][0] > values["data.resize_range"][1]:
-        refuse("data.resize_range", "[smallest, largest]")
-    if values["pseudo_labels.high"] < values["pseudo_labels.low"]:
-        refuse("pseudo_labels.high", f"at least pseudo_labels.low = {values['pseudo_labels.low']}")
+    def refuse(self, name: str, expected: str) -> typing.NoReturn:
+        """For validators: the value of the key `name`, dotted from here, does not fit the others."""
+        raise PydanticCustomError("refused", "{expected}", {"key": name, "expected": expected})
 
 
-def _elements(value: Any) -> list:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+def key(default: Any, source: str, resets: Mapping[str, Any] | None = None) -> Any:
+    """A key of a section. source: where the default is from.
+
+    resets: what other keys of the section become where a layer changes this one; what it says of them comes on top.
+    """
+    return Field(default, description=source, json_schema_extra={"resets": dict(resets or {})})
+
+
+class Layers:
+    """Settings of several sources on top of each other, under one schema.
+
+    values: what was set so far, nested; sources: by dotted key, the source of each value that is not a default.
+    """
+
+    def __init__(self, schema: type[Section], renamed: Mapping[Any, Any] | None = None) -> None:
+        """renamed: former names of keys, for the error about one that is unknown."""
+        self.schema, self.renamed, self.values, self.sources = schema, renamed or {}, {}, {}
+
+    def add(self, layer: Mapping, source: str) -> None:
+        """Puts a mapping of settings on top. Raises UserError for a key that the schema does not have."""
+        self._merge(self.values, _nulls(layer), self.schema, "", source)
+
+    def resolve(self) -> Section:
+        """The checked section. Raises UserError for a value of another type or range than its key's."""
+        try:
+            return self.schema.model_validate(self.values)
+        except ValidationError as error:
+            raise UserError(self._line(error.errors()[0])) from None
+
+    def described(self, config: Section) -> Iterator[tuple[str, Any, str]]:
+        """(dotted key, value, source) of every key of the resolved config."""
+        for name, value in leaves(config.model_dump(mode="json")):
+            origin = next((self.sources[part] for part in _upwards(name) if part in self.sources), None)
+            yield name, value, origin or f"default ({_find(self.schema, name)[0].description})"
+
+    def _merge(self, into: dict, layer: Mapping, schema: type[Section], prefix: str, source: str) -> None:
+        for name in layer:
+            if name not in schema.model_fields:
+                raise UserError(unknown_key(f"{prefix}{name}", source, self.schema, self.renamed))
+            self._reset_others(name, into, layer, schema, prefix, source)
+        for name, value in layer.items():
+            full, field = f"{prefix}{name}", schema.model_fields[name]
+            if section_of(field) and not isinstance(value, Mapping):
+                raise UserError(f"{full} = {value} {source}: expected a mapping of keys to values")
+            if section_of(field):
+                self._merge(into.setdefault(name, {}), value, section_of(field), f"{full}.", source)
+                continue
+            if isinstance(value, Mapping) and isinstance(into.get(name, field.default), Mapping):
+                self.sources |= {f"{full}.{one}": source for one in value}
+                value = {**into.get(name, field.default), **value}
+            else:
+                self.sources[full] = source
+            into[name] = value
+
+    def _reset_others(
+        self, name: str, into: dict, layer: Mapping, schema: type[Section], prefix: str, source: str
+    ) -> None:
+        """Where the layer changes the key `name`: what other keys become by that, before the layer's own values."""
+        field = schema.model_fields[name]
+        if layer[name] == into.get(name, field.default):
+            return
+        for other, reset in _resets(field).items():
+            known, named = into.get(other, schema.model_fields[other].default), layer.get(other, {})
+            if known != reset and isinstance(named, Mapping):
+                into[other] = reset
+                self.sources[f"{prefix}{other}"] = f"{source}, with {name}"
+
+    def _line(self, error: dict) -> str:
+        """One line for an error of pydantic."""
+        names = [str(part) for part in error["loc"]]
+        names += error["ctx"]["key"].split(".") if error["type"] == "refused" else []
+        while len(names) > 1 and _find(self.schema, ".".join(names)) is None:   # the number of an element of a list
+            names.pop()
+        full, value = ".".join(names), self.values
+        for name in names:
+            value = value.get(name) if isinstance(value, Mapping) else value
+        source = next((self.sources[part] for part in _upwards(full) if part in self.sources), "by default")
+        expected = error["ctx"]["expected"] if error["type"] == "refused" else expected_of(self.schema, full)
+        return f"{full} = {_shown(value)} {source}: expected {expected}"
 
 
 def leaves(mapping: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -343,45 +173,197 @@ def leaves(mapping: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _nearest_key(key: str) -> str:
-    """The known key most like `key`; one with the same last part is nearest of all."""
-    known = [name for name, _ in leaves(_read_yaml(CONFIGS / "default.yaml"))]
-    last = key.rpartition(".")[2]
+def nested(full: str, value: Any) -> dict:
+    """'a.b', 1 -> {'a': {'b': 1}}."""
+    for part in reversed(full.split(".")):
+        value = {part: value}
+    return value
+
+
+def merged(first: Mapping, second: Mapping) -> dict:
+    """Both mappings, nested; what both name is the second's."""
+    result = dict(first)
+    for name, value in second.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+        result[name] = merged(result[name], value) if both else value
+    return result
+
+
+def read_yaml(path: Path) -> dict:
+    """A config file, its scalars as the texts they were written as. Raises UserError."""
+    try:
+        OmegaConf.load(path)   # refuses keys that stand there twice, which yaml does not
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"config file {path} holds no mapping of keys to values")
+    return content or {}
+
+
+def read_overrides(items: Sequence[str], schema: type[Section]) -> dict:
+    """['a.b=1', ...] -> one nested mapping, in which the last of a key counts. Texts stay as they were typed."""
+    result: dict = {}
+    for item in items:
+        full, equals, text = item.partition("=")
+        if not equals or not all(full.split(".")):
+            raise UserError(f"'{item}' {COMMAND_LINE} is not key=value")
+        if not text:
+            raise UserError(f"{full}= {COMMAND_LINE} has no value; write {full}=null for none")
+        found = _find(schema, full)
+        value: Any = text
+        if text[0] in "[{" and not (found and _is_text(found[1])):
+            try:
+                value = yaml.load(text, yaml.BaseLoader)
+            except yaml.YAMLError as error:
+                raise UserError(f"{full}={text} {COMMAND_LINE} cannot be read: {_one_line(error)}") from error
+        result = merged(result, nested(full, value))
+    return result
+
+
+def without_folders(config: Section) -> dict:
+    """The config as plain values; of a `FilePath` that is absolute or from a home or outside, the last part stays."""
+    values = {}
+    for full, value in leaves(config.model_dump(mode="json")):
+        found = _find(type(config), full)
+        if found and "path" in _metadata(found[1]) and isinstance(value, str):
+            outside = value.startswith(("/", "~", "..")) or PureWindowsPath(value).drive
+            value = PureWindowsPath(value).name if outside else value
+        values = merged(values, nested(full, value))
+    return values
+
+
+def save_yaml(values: Mapping, path: str | os.PathLike) -> None:
+    """Writes plain values as YAML, which `read_yaml` gives back."""
+    with replacing(path) as part:
+        part.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def unknown_key(full: str, source: str, schema: type[Section], renamed: Mapping[Any, Any]) -> str:
+    """The line about a key that the schema does not have, with the known one most like it."""
+    if full in renamed:
+        return f"unknown key '{full}' {source}: its name is {renamed[full]} now"
+    known = [name for name, _, _ in keys(schema)]
+    full = full.lstrip("-")
+    last = full.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
-    if "." in key:
-        return _nearest(key, same or known)
-    return _nearest(key, same) if same else max(known, key=lambda name: _likeness(key, name.rpartition(".")[2]))
+    if "." in full or same:
+        near = nearest(full, same or known)
+    else:
+        near = max(known, key=lambda name: likeness(full, name.rpartition(".")[2]))
+    return f"unknown key '{full}' {source}: did you mean '{near}'?"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    return max(known, key=lambda other: _likeness(name, other))
+def keys(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:
+    """(dotted key, type with its bounds, field) of every key."""
+    hints = typing.get_type_hints(schema, include_extras=True)
+    for name, field in schema.model_fields.items():
+        section = section_of(field)
+        if section:
+            yield from keys(section, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hints[name], field
 
 
-def _likeness(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio()
+def section_of(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def expected_of(schema: type[Section], full: str) -> str:
+    """What a key takes, in words: 'an integer, at least 1, or null'."""
+    found = _find(schema, full)
+    return _words(found[1]) if found else "a mapping of keys to values"
+
+
+def _find(schema: type[Section], full: str) -> tuple[FieldInfo, Any] | None:
+    """(field, type) of a dotted key, that of the whole value for a key inside a free mapping; None: no such key."""
+    section: type[Section] | None = schema
+    field, hint = None, None
+    for name in full.split("."):
+        if section is None and _is_mapping(hint):
+            hint = typing.get_args(_bare(hint))[1]
+            continue
+        if section is None or name not in section.model_fields:
+            return None
+        field, hint = section.model_fields[name], typing.get_type_hints(section, include_extras=True)[name]
+        section = section_of(field)
+    return field, hint
+
+
+def _words(hint: Any) -> str:
+    """A type with its bounds, in words."""
+    base, notes = _bare(hint), _metadata(hint)
+    if typing.get_origin(base) in (typing.Union, types.UnionType):
+        return " or ".join([_words(part) for part in typing.get_args(base) if part is not type(None)] + ["null"])
+    if typing.get_origin(base) is Literal:
+        return " or ".join(typing.get_args(base))
+    if typing.get_origin(base) is tuple:
+        parts = typing.get_args(base)
+        if Ellipsis in parts:
+            return f"a list, each element {_words(parts[0])}"
+        return f"a list of {len(parts)}, each {_words(parts[0])}"
+    if _is_mapping(base) or (isinstance(base, type) and issubclass(base, Section)):
+        return "a mapping of keys to values"
+    word = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[base]
+    low = next((note.ge for note in notes if isinstance(note, bounds.Ge)), None)
+    high = next((note.le for note in notes if isinstance(note, bounds.Le)), None)
+    above = next((note.gt for note in notes if isinstance(note, bounds.Gt)), None)
+    if above is not None:
+        return f"{word} above {above:g}"
+    if low is None:
+        return word
+    return f"{word}, at least {low:g}" if high is None else f"{word}, {low:g} to {high:g}"
+
+
+def _bare(hint: Any) -> Any:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def _metadata(hint: Any) -> list:
+    """What is annotated to a type, also inside `| None`."""
+    if typing.get_origin(hint) is Annotated:
+        notes = typing.get_args(hint)[1:]
+        return [one for note in notes for one in (note.metadata if isinstance(note, FieldInfo) else [note])]
+    return [note for part in typing.get_args(hint) for note in _metadata(part)] if _is_optional(hint) else []
+
+
+def _is_optional(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _is_text(hint: Any) -> bool:
+    parts = typing.get_args(hint) if _is_optional(hint) else (hint,)
+    return any(_bare(part) is str for part in parts)
+
+
+def _is_mapping(hint: Any) -> bool:
+    return typing.get_origin(_bare(hint)) is dict
+
+
+def _resets(field: FieldInfo) -> dict[str, Any]:
+    return (field.json_schema_extra or {}).get("resets", {})
+
+
+def _upwards(full: str) -> Iterator[str]:
+    """'a.b.c' -> 'a.b.c', 'a.b', 'a'."""
+    parts = full.split(".")
+    return (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+
+
+def _nulls(value: Any) -> Any:
+    """What YAML writes for nothing as None."""
+    if isinstance(value, Mapping):
+        return {name: _nulls(one) for name, one in value.items()}
+    return None if isinstance(value, str) and value.lower() in ("null", "~", "") else value
+
+
+def _shown(value: Any) -> str:
+    """A value as one types it."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return {None: "null"}.get(value, str(value)) if value is None or isinstance(value, str) else str(value).lower()
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _git_commit() -> dict[str, Any]:
-    """{'commit': hash or None, 'changed': whether tracked files differ from it} of the folder this code lies in."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return {"commit": None, "changed": None}
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "changed": None}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,4 +1,7 @@
-"""The one exception for a user's mistake."""
+"""The one exception for a user's mistake, and the word that comes nearest to a mistyped one."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -6,3 +9,19 @@ class UserError(Exception):
 
     Entry points print the line without a traceback and exit with a code that is not 0.
     """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known word most like `name`."""
+    return max(known, key=lambda other: likeness(name, other))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for a word that is not known; '' where nothing is known."""
+    known = list(known)
+    return f"; did you mean '{nearest(name, known)}'?" if known else ""
+
+
+def likeness(a: str, b: str) -> float:
+    """0 for words without a letter in common, 1 for the same."""
+    return difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio()

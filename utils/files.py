@@ -1,5 +1,6 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and their hashes."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -22,3 +23,12 @@ class replacing:
             os.replace(self.part, self.path)
         else:
             self.part.unlink(missing_ok=True)
+
+
+def hash_of(path: str | os.PathLike, algorithm: str = "sha256") -> str:
+    """Of a file's bytes, in hexadecimal."""
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

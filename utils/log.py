@@ -13,6 +13,8 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.files import replacing
+
 NAME = "wsss"
 
 
@@ -97,9 +99,8 @@ def _keep_lines_before(path: Path, start: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_metrics(path) if line["iteration"] < start]
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def _is_whole(line: str) -> bool:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.files import replacing
 
 CHUNK = 1 << 20      # bytes
 PROGRESS = 1 << 20   # so many bytes further than ever before, and the failures are counted anew
@@ -240,10 +241,8 @@ def _read_note(part: Path, url: str | None) -> _Note | None:
 
 
 def _write_note(part: Path, note: _Note) -> None:
-    path = _note_path(part)
-    fresh = path.with_name(path.name + ".part")
-    fresh.write_text(json.dumps(note._asdict()), encoding="utf-8")
-    os.replace(fresh, path)
+    with replacing(_note_path(part)) as fresh:
+        fresh.write_text(json.dumps(note._asdict()), encoding="utf-8")
 
 
 def _note_path(part: Path) -> Path:

@@ -22,8 +22,9 @@ from datasets.coco import CLASSES
 from datasets.labels import labels_of_mask
 from datasets.prepare import preparation
 from datasets.prepare.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command
-from datasets.prepare.sources import Blob, Source, sha256
+from datasets.prepare.sources import Blob, Source
 from utils.errors import UserError
+from utils.files import hash_of
 from utils.images import label_png, read_label_map
 
 SPLITS = ("train", "val")
@@ -128,7 +129,7 @@ def prepare(options: argparse.Namespace) -> None:
         preparation.verify(options.out, options.workers)
         return
     files = {split: _annotation_file(options, split) for split in SPLITS}
-    sources = {split: sha256(path) for split, path in files.items()}
+    sources = {split: hash_of(path) for split, path in files.items()}
     folders = {} if options.images == "leave" else {split: _image_source(options, split) for split in SPLITS}
     sources |= {f"images of {split}": source for split, source in folders.items()}
     foreign = ("JPEGImages",) if options.images == "leave" else ()

@@ -6,7 +6,6 @@ classes.txt; prints the command that trains on it.
 
 import argparse
 import csv
-import difflib
 import json
 import random
 from collections.abc import Iterator
@@ -18,9 +17,10 @@ from PIL import Image
 
 from datasets.prepare import preparation
 from datasets.prepare.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command
-from datasets.prepare.sources import Blob, digest_of_listing, sha256
+from datasets.prepare.sources import Blob, digest_of_listing
 from datasets.samples import read_list
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
+from utils.files import hash_of
 from utils.images import IGNORE, label_png, read_label_map
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -99,13 +99,13 @@ def read_table(path: Path, folder: Path, images: dict[str, Path], classes: list[
     table: dict[str, list[str]] = {}
     for row in read_rows(path):
         if row.image not in stems:
-            raise UserError(f"{row.where}: {folder} has no image {row.image!r}{_nearest(row.image, stems)}")
+            raise UserError(f"{row.where}: {folder} has no image {row.image!r}{did_you_mean(row.image, stems)}")
         present = table.setdefault(stems[row.image], [])
         for name in row.classes:
             if name == BACKGROUND:
                 continue
             if classes is not None and name not in classes:
-                raise UserError(f"{row.where}: unknown class {name!r}{_nearest(name, classes)}")
+                raise UserError(f"{row.where}: unknown class {name!r}{did_you_mean(name, classes)}")
             if name not in present:
                 present.append(name)
     missing = sorted(set(images) - set(table))
@@ -120,11 +120,6 @@ def _ways_to_say(folder: Path, images: dict[str, Path]) -> dict[str, str]:
     for stem, path in images.items():
         ways |= {path.name: stem, path.relative_to(folder).as_posix(): stem}
     return ways
-
-
-def _nearest(name: str, known) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 def parse_classes(text: str | None) -> list[str] | None:
@@ -258,7 +253,7 @@ def prepare(options: argparse.Namespace) -> None:
 def _identity(options: argparse.Namespace, images, masks, ids, classes, lists) -> dict:
     settings = {"link": options.link, "ids": ids and {str(k): v for k, v in ids.items()}, "classes": classes,
                 "lists": lists}
-    sources = {"images": digest_of_listing({s: Blob(p) for s, p in images.items()}), "labels": sha256(options.labels)}
+    sources = {"images": digest_of_listing({s: Blob(p) for s, p in images.items()}), "labels": hash_of(options.labels)}
     if masks:
         sources["masks"] = digest_of_listing({s: Blob(p) for s, p in masks.items()})
     return preparation.identity("prepare_folder", settings, sources)

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from datasets.prepare.sources import Blob, Source, sha256
+from datasets.prepare.sources import Blob, Source
 from utils.errors import UserError
-from utils.files import ROOT, replacing
+from utils.files import ROOT, hash_of, replacing
 
 VERSION = 1  # of the tools: raise it when the files they make change
 MANIFEST, JOURNAL, UNPACKED = "manifest.json", ".preparing.jsonl", ".*.tar"
@@ -248,7 +248,7 @@ def _fault(root: Path, record: Record) -> str | None:
         size = path.stat().st_size
         if size != record.size:
             return f"has {size} bytes instead of {record.size}"
-        return None if sha256(path) == record.sha256 else "holds other bytes than were written"
+        return None if hash_of(path) == record.sha256 else "holds other bytes than were written"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import hash_of, replacing
 
 GZIP = b"\x1f\x8b"
 BLOCK = 512  # of a tar
@@ -95,7 +95,7 @@ class Source:
 
     @functools.cached_property
     def digest(self) -> str:
-        return digest_of_listing(self.files) if self.path.is_dir() else sha256(self.path)
+        return digest_of_listing(self.files) if self.path.is_dir() else hash_of(self.path)
 
     @functools.cached_property
     def files(self) -> dict[str, Blob]:
@@ -121,15 +121,6 @@ class Source:
 
     def _wants(self, path: PurePosixPath) -> bool:
         return not path.name.startswith(".") and str(path.parent) in self.wanted
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def digest_of_listing(files: dict[str, Blob]) -> str:

@@ -18,10 +18,11 @@ from datasets.labels import annotated_classes, multi_hot
 from datasets.onehot import read_onehot
 from datasets.prepare import preparation
 from datasets.prepare.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command
-from datasets.prepare.sources import Blob, Source, sha256
+from datasets.prepare.sources import Blob, Source
 from datasets.samples import read_list
 from datasets.voc import CLASSES
 from utils.errors import UserError
+from utils.files import hash_of
 from utils.images import label_png, read_label_map
 
 # images of the official lists; train_aug: VOC train and SBD without VOC val
@@ -198,7 +199,7 @@ def prepare(options: argparse.Namespace) -> None:
     sbd = Source(options.sbd, SBD_INNER, SBD_WANTED, options.out) if options.sbd else None
     sources = {f"voc {k}": source for k, source in enumerate(voc, 1)} | ({"sbd": sbd} if sbd else {})
     if options.train_aug:
-        sources["train_aug"] = sha256(options.train_aug)
+        sources["train_aug"] = hash_of(options.train_aug)
     settings = {"images": options.images, "partial": options.partial}
     with Preparation(options.out, preparation.identity("prepare_voc", settings, sources)) as work:
         if not options.compare_labels and work.complete(options.workers):

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model import METHODS
 from model.backbones.start_weights import check_keys
+from model.method import Released
 from utils.errors import UserError
 from utils.files import replacing
 
@@ -25,7 +28,7 @@ def save_weights(path: str | os.PathLike, method: nn.Module, meta: dict) -> None
     """Writes the method's weights; `meta` goes into the header.
 
     meta: JSON values. Those of a training are method, classes, config (the tag), settings (the resolved config,
-    `utils.config.portable`), iteration and, of the best weights, val.
+    `engine.config.portable`), iterations (of the whole training), iteration and, of the best weights, val.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in method.state_dict().items()}
     with replacing(path) as part:
@@ -45,12 +48,36 @@ def read_meta(path: str | os.PathLike) -> dict:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def classifier_rows(path: str | os.PathLike) -> int | None:
-    """How many classes a weights file's classifier has, ours or released; None where there is no classifier."""
+def recognise(path: str | os.PathLike) -> tuple[str, Released] | None:
+    """Which method released a weights file, and what it is; None for a file of ours and of nobody we know."""
     weights = read_tensors(path)
     weights = weights.get("model_state_dict", weights)
-    rows = [len(value) for key, value in weights.items() if key.split(".")[-2:] == ["classifier", "weight"]]
-    return rows[0] if rows else None
+    shapes = {key: tuple(value.shape) for key, value in weights.items() if isinstance(value, Tensor)}
+    found = ((name, method.recognise(shapes)) for name, method in METHODS.items())
+    return next(((name, released) for name, released in found if released is not None), None)
+
+
+def check_classes(path: str | os.PathLike, classes: Sequence[str]) -> None:
+    """Raises UserError where the checkpoint was made for other classes than the data's, or for another order of them.
+
+    They come from the weights file's own note; of a released file there is their number alone.
+    """
+    own = read_meta(path).get("classes")
+    released = recognise(path) if own is None else None
+    count = len(own) if own is not None else released[1].classes if released else None
+    if count not in (None, len(classes)):
+        raise UserError(
+            f"{path} has {count} classes, the data has {len(classes)}: give its own data (data.name, data.classes)"
+        )
+    for index, (theirs, ours) in enumerate(zip(own or classes, classes, strict=True), start=1):
+        if theirs != ours:
+            raise UserError(f"{path}: class {index} is '{theirs}', in the data '{ours}': give its own data.classes")
+
+
+def run_folder(path: str | os.PathLike) -> Path:
+    """The folder of the run a checkpoint belongs to: the parent of checkpoints/, else the checkpoint's own folder."""
+    folder = Path(path).parent
+    return folder.parent if folder.name == "checkpoints" else folder
 
 
 def load_weights(path: str | os.PathLike, method: nn.Module) -> None:
@@ -89,10 +116,10 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     return weights
 
 
-def best_score(folder: Path) -> float:
-    """The validation score `seg` of the best weights so far, -inf where there are none."""
+def best_score(folder: Path, kind: str) -> float:
+    """The validation score of a kind of map of the best weights so far, -inf where there are none."""
     path = folder / BEST
-    return read_meta(path)["val"]["seg"] if path.is_file() else -math.inf
+    return read_meta(path)["val"][kind] if path.is_file() else -math.inf
 
 
 def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> None:
@@ -106,16 +133,16 @@ def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch
             path.unlink()
 
 
-def load_state(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
-    """Continues from the newest complete state in `folder`: iterations done, None where there is none."""
+def newest_state(folder: Path) -> dict | None:
+    """The newest state in `folder` that has its weights: `iteration`, the iterations done, and `optimizer`."""
     states = sorted(folder.glob("iter_*.state.pt"), key=lambda p: int(re.findall(r"\d+", p.name)[0]), reverse=True)
     for path in states:
-        weights = path.with_name(path.name.replace(".state.pt", ".weights.safetensors"))
-        if weights.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            load_weights(weights, method)
-            # moments and step counts; rates and the like are what the config says now
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-            return state["iteration"]
+        if path.with_name(path.name.replace(".state.pt", ".weights.safetensors")).is_file():
+            return torch.load(path, map_location="cpu", weights_only=True)
     return None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Takes moments and step counts from a state; rates and the like are what the config says now."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})

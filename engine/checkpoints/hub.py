@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints.files import read_meta, save_weights
 from engine.checkpoints.opening import Opened, find_checkpoint, from_hub, open_checkpoint
-from utils.config import portable
+from engine.config import portable
 
 CARD = """---
 {{ card_data }}

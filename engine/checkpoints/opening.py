@@ -1,7 +1,7 @@
 """Opens a checkpoint for use: a method with its weights, the names of its classes and the config they belong to.
 
     opened = open_checkpoint("runs/train_voc/checkpoints/best.weights.safetensors")
-    opened.method.localize(images, "lam", [1.0], flip=True)      # (B, K, H, W); model/__init__.py has the contract
+    opened.method.classify(images)      # (B, K); model/method.py has the contract
 """
 
 import re
@@ -11,31 +11,28 @@ from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
-from omegaconf import DictConfig
-from torch import nn
 
 from datasets import class_names
-from engine.checkpoints.files import classifier_rows, load_weights, read_meta
-from engine.evaluation.evaluate import check_classes, run_folder
+from engine.checkpoints.files import check_classes, load_weights, read_meta, recognise, run_folder
+from engine.config import RunConfig, load_config, load_settings
 from model import build_method
-from utils.config import load_config, load_settings
+from model.method import Method
 from utils.download import fetch, registry
 from utils.errors import UserError
 from utils.offline import is_offline
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")   # owner/name
 ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")   # of files: what ends so is no name on the Hub
-DEFAULTS = {80: "more_coco"}   # by the number of classes, for a file that does not say what it is; else:
-DEFAULT = "more_voc"
+DEFAULT = "more_voc"   # config of a file that does not say what it is
 SUMS = "SHA256SUMS"   # a folder that holds it is a release, and stays as it is
 
 
 class Opened(NamedTuple):
     """method: in evaluation mode, on the CPU. classes: K names, no background. config_name: where config is from."""
 
-    method: nn.Module
+    method: Method
     classes: tuple[str, ...]
-    config: DictConfig
+    config: RunConfig
     config_name: str
 
 
@@ -76,11 +73,11 @@ def find_checkpoint(path: str) -> str:
 
 def checkpoint_config(
     file: str, overrides: Sequence[str] = (), config: str | None = None, default: str | None = None
-) -> tuple[DictConfig, str]:
+) -> tuple[RunConfig, str]:
     """The config a weights file is used with, and where it is from.
 
     It is the one named by `config`, else the config.yaml of the file's run, else the settings in its own header, else
-    `default` (None: by its number of classes). overrides: key=value pairs on top.
+    `default` (None: what the released file is). overrides: key=value pairs on top.
     """
     own = run_folder(file) / "config.yaml"
     if config is None and own.is_file():
@@ -88,11 +85,12 @@ def checkpoint_config(
     settings = read_meta(file).get("settings")
     if config is None and settings is not None:
         return load_settings(settings, file, overrides), file
-    name = config or default or DEFAULTS.get(classifier_rows(file), DEFAULT)
+    released = None if config or default else recognise(file)
+    name = config or default or (released[1].config if released else DEFAULT)
     return load_config(name, overrides), name
 
 
-def checkpoint_classes(file: str, config: DictConfig) -> tuple[str, ...]:
+def checkpoint_classes(file: str, config: RunConfig) -> tuple[str, ...]:
     """The class names of a weights file: its own note's, else those of the config's data, if their number is right."""
     noted = read_meta(file).get("classes")
     if noted is not None:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import timm
-from omegaconf import DictConfig
 from torch import Tensor
 
 from engine.checkpoints.files import read_tensors
 from engine.distributed import main_first
+from model.method import Method, ModelSection
 from utils.download import fetch, find, registry
 from utils.errors import UserError
 from utils.files import ROOT
@@ -16,7 +16,20 @@ RANDOM, TIMM = "random", "timm"
 WRAPPINGS = ("model", "state_dict")   # keys some files hold their weights under, DeiT's the first
 
 
-def start_weights(spec: str | None, model: DictConfig) -> dict[str, Tensor] | None:
+def load_start_weights(method: Method, model: ModelSection) -> None:
+    """Starts the method from what model.weights names. Raises UserError where that does not fit model.backbone."""
+    weights = start_weights(model.weights, model)
+    if weights is not None:
+        try:
+            method.load_start_weights(weights)
+        except UserError as error:
+            raise UserError(
+                f"model.weights={model.weights} do not fit model.backbone={model.backbone}: {error}; give others, or "
+                f"model.weights={TIMM} or {RANDOM}"
+            ) from None
+
+
+def start_weights(spec: str | None, model: ModelSection) -> dict[str, Tensor] | None:
     """The tensors a backbone starts from, by name; None for a random start.
 
     spec: `random`, `timm` (what timm itself has for model.backbone), a file, or a start_weights row of
@@ -57,7 +70,7 @@ def _found(path: str) -> Path:
     return shipped if shipped.is_file() and not Path(path).is_file() else Path(path)
 
 
-def _of_timm(model: DictConfig) -> dict[str, Tensor]:
+def _of_timm(model: ModelSection) -> dict[str, Tensor]:
     with main_first():
         try:
             return timm.create_model(model.backbone, pretrained=True, num_classes=0, **model.backbone_args).state_dict()

@@ -1,31 +1,30 @@
 """Scores the maps of a method on labelled images: one path for the validation in training and for the tools."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from datasets import EvalItem
-from engine.checkpoints import files as checkpoint
+from engine.checkpoints import files
+from engine.config import RunConfig
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
 from engine.evaluation.image_scores import ImageScores, new_evaluation, write_evaluation
 from engine.evaluation.results import append_results, score_entries, summary_line, table, title
-from engine.inference.images import as_is, over_images
+from engine.inference.batch import Prediction
+from engine.inference.many import as_is, over_images
 from engine.inference.pictures import prediction_panels, save_picture, side_by_side
-from engine.inference.predict import Plan, Prediction, Row, evaluation_plan, row_name, validation_plan
-from utils.errors import UserError
+from engine.inference.plan import Plan, Row, evaluation_plan, row_name, validation_plan
+from model.method import Method
 from utils.images import write_label_png
 from utils.metrics import Scores, confusion_matrix
 
 
-def validate(method: nn.Module, dataset: Dataset, config: DictConfig, ranks: Ranks) -> dict[str, float]:
-    """mIoU (0..1) of `cam`, `lam`, `fused`, `seg` by the plan of training, the same on all ranks.
+def validate(method: Method, dataset: Dataset, config: RunConfig, ranks: Ranks) -> dict[str, float]:
+    """mIoU (0..1) of every kind of map by the plan of training, the same on all ranks.
 
     dataset: with `classes`; its first train.validate_images images are used.
     """
@@ -36,12 +35,12 @@ def validate(method: nn.Module, dataset: Dataset, config: DictConfig, ranks: Ran
 
 
 def evaluate(
-    method: nn.Module, dataset: Dataset, config: DictConfig, ranks: Ranks, weights: str, results: Path | None = None
+    method: Method, dataset: Dataset, config: RunConfig, ranks: Ranks, weights: str, results: Path | None = None
 ) -> list[dict]:
     """Evaluates as config.evaluate says; the first rank prints and appends the rows to the file `results`.
 
     dataset: of the split config.data.val_split, with `classes`. weights: the checkpoint's path, for the rows.
-    Returns one row a label map: `map, dataset, split, images, scales, flip, crf, image_labels, predicted_from,
+    Returns one row a label map: `map, method, dataset, split, images, scales, flip, crf, image_labels, predicted_from,
     background, input, miou, pixel_accuracy, iou, checkpoint, iteration, seconds, evaluation`. Scores are shares in
     0..1; image_labels is None for the segmentation, which uses none; background: the threshold, where there is one;
     input: side of the squares, None for native size; iteration: the checkpoint's, None where its file does not say;
@@ -53,24 +52,21 @@ def evaluate(
     folders = config.evaluate.save_labels, config.evaluate.save_overlays
     use_tf32(config.train.tf32)
     workers = loader_workers(config, ranks)
-    each = ImageScores(plan.rows, config.evaluate.report_images)
+    each = ImageScores(plan, method.best_by, config.evaluate.report_images)
     evaluation = gather(None if results is None or ranks.rank else new_evaluation(results.parent))[0]
-    iteration = checkpoint.read_meta(weights).get("iteration") if Path(weights).is_file() else None
     matrices = score(method, images, classes, plan, ranks, workers, config.evaluate.images_at_once, *folders, each)
     each.gather()
-    facts = {"dataset": config.data.name, "split": config.data.val_split, "images": len(images)}
-    seconds, names = round(time.perf_counter() - started, 1), ("background", *dataset.classes)
-    rows, tables, summary = [], [], []
-    for row, matrix in matrices.items():
-        scores = Scores(matrix)
-        made_of = {"checkpoint": weights, "iteration": iteration, "seconds": seconds, "evaluation": evaluation}
-        entry = {**_settings(row, plan, facts), **score_entries(scores, names), **made_of}
-        heading = title(entry)
-        rows.append(entry)
-        tables.append(table(scores, names, heading))
-        summary.append(summary_line(scores, heading))
+    iteration = files.read_meta(weights).get("iteration") if Path(weights).is_file() else None
+    made_of = {"checkpoint": weights, "iteration": iteration}
+    made_of |= {"seconds": round(time.perf_counter() - started, 1), "evaluation": evaluation}
+    facts = {"method": config.method, "dataset": config.data.name, "split": config.data.val_split}
+    facts["images"], names = len(images), ("background", *dataset.classes)
+    scores = {row: Scores(matrix) for row, matrix in matrices.items()}
+    rows = [
+        {**_settings(row, plan, facts), **score_entries(of_row, names), **made_of} for row, of_row in scores.items()
+    ]
     if ranks.rank == 0:
-        print("\n" + "\n\n".join([*tables, "\n".join(["Summary", *summary])]), flush=True)
+        _print(list(scores.values()), rows, names)
         if results is not None:
             append_results(results, rows)
             print(f"results: {results}", flush=True)
@@ -79,8 +75,16 @@ def evaluate(
     return rows
 
 
+def _print(scores: list[Scores], rows: list[dict], names: tuple[str, ...]) -> None:
+    """A table for each row, and all their summaries."""
+    pairs = [(of_row, title(row)) for of_row, row in zip(scores, rows, strict=True)]
+    tables = [table(of_row, names, heading) for of_row, heading in pairs]
+    summary = [summary_line(of_row, heading) for of_row, heading in pairs]
+    print("\n" + "\n\n".join([*tables, "\n".join(["Summary", *summary])]), flush=True)
+
+
 def score(
-    method: nn.Module, dataset: Dataset, num_classes: int, plan: Plan, ranks: Ranks, workers: int = 0,
+    method: Method, dataset: Dataset, num_classes: int, plan: Plan, ranks: Ranks, workers: int = 0,
     batch_size: int | None = None, save_labels: str | None = None, save_overlays: str | None = None,
     image_scores: ImageScores | None = None,
 ) -> dict[Row, np.ndarray]:
@@ -109,7 +113,7 @@ def score(
                 if save_labels:
                     write_label_png(Path(save_labels) / row_name(row) / f"{item.name}.png", labels)
             if save_overlays:
-                picture = side_by_side(prediction_panels(item, prediction))
+                picture = side_by_side(prediction_panels(item, prediction, plan))
                 save_picture(Path(save_overlays) / f"{item.name}.png", picture)
             if image_scores is not None:
                 image_scores.add(item, prediction, counts)
@@ -118,36 +122,15 @@ def score(
     return dict(zip(matrices, total, strict=True))
 
 
-def check_classes(path: str, classes: Sequence[str]) -> None:
-    """Raises UserError where the checkpoint was made for other classes than the data's, or for another order of them.
-
-    They come from the weights file's own note; of a released file the number alone, from its classifier's shape.
-    """
-    own = checkpoint.read_meta(path).get("classes")
-    count = checkpoint.classifier_rows(path) if own is None else len(own)
-    if count not in (None, len(classes)):
-        raise UserError(
-            f"{path} has {count} classes, the data has {len(classes)}: give its own data (data.name, data.classes)"
-        )
-    for index, (theirs, ours) in enumerate(zip(own or classes, classes, strict=True), start=1):
-        if theirs != ours:
-            raise UserError(f"{path}: class {index} is '{theirs}', in the data '{ours}': give its own data.classes")
-
-
-def run_folder(path: str) -> Path:
-    """The folder of the run a checkpoint belongs to: the parent of checkpoints/, else the checkpoint's own folder."""
-    folder = Path(path).parent
-    return folder.parent if folder.name == "checkpoints" else folder
-
-
 def _settings(row: Row, plan: Plan, facts: dict) -> dict:
     """The entries of a result's row that say what it is of."""
     kind, crf = row
-    labels = None if kind == "seg" else "predicted" if plan.predicted else "given"
-    how = {"scales": list(plan.maps[kind].scales), "flip": plan.maps[kind].flip, "crf": crf, "image_labels": labels}
+    made, declared = plan.maps[kind], plan.kinds[kind]
+    labels = None if not declared.uses_labels else "predicted" if plan.predicted else "given"
+    how = {"scales": list(made.scales), "flip": made.flip, "crf": crf, "image_labels": labels}
     more = {
         "predicted_from": plan.predicted if labels == "predicted" else None,
-        "background": None if kind == "seg" or crf else plan.maps[kind].bkg,
+        "background": None if declared.background or crf else made.bkg,
         "input": plan.base_size,
     }
     return {"map": kind, **facts, **how, **more}

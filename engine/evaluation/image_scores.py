@@ -15,8 +15,9 @@ from PIL import Image
 
 from datasets import EvalItem
 from engine.distributed import gather
+from engine.inference.batch import Prediction
 from engine.inference.pictures import Panels, prediction_panels
-from engine.inference.predict import Prediction, Row, row_name
+from engine.inference.plan import Plan, Row, row_name
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import IGNORE
@@ -37,14 +38,14 @@ class Shown(NamedTuple):
 class ImageScores:
     """Collects them while a data set is scored.
 
-    rows: the label maps, one of which ranks the images: the last of the segmentation, else of all.
+    plan: of the evaluation; the last of its label maps of the kind `best_by`, else of all, ranks the images.
     count: how many of the best and of the worst images get pictures; only these are kept in memory.
     The score of an image is its mIoU over the ids of its mask; one without a counted pixel has none and is not ranked.
     """
 
-    def __init__(self, rows: Sequence[Row], count: int) -> None:
-        self.ranked_by = ([row for row in rows if row[0] == "seg"] or list(rows))[-1]
-        self.count = count
+    def __init__(self, plan: Plan, best_by: str, count: int) -> None:
+        self.ranked_by = ([row for row in plan.rows if row[0] == best_by] or plan.rows)[-1]
+        self.plan, self.count = plan, count
         self.scores: list[tuple[str, dict[str, float | None]]] = []
         self._ends: list[tuple[tuple[float, str], Shown]] = []   # the best, then the worst, from the best on
 
@@ -56,7 +57,7 @@ class ImageScores:
         key = (-rank, item.name)
         full = len(self._ends) == 2 * self.count
         if math.isfinite(rank) and not (full and bisect.bisect(self._ends, key, key=_key) == self.count):
-            bisect.insort(self._ends, (key, _shown(item, prediction)), key=_key)
+            bisect.insort(self._ends, (key, _shown(item, prediction, self.plan)), key=_key)
             self._drop_the_middle()
 
     def gather(self) -> None:
@@ -118,9 +119,9 @@ def write_evaluation(
         raise UserError(f"{folder}: the evaluation cannot be written ({error.strerror})") from None
 
 
-def _shown(item: EvalItem, prediction: Prediction) -> Shown:
+def _shown(item: EvalItem, prediction: Prediction, plan: Plan) -> Shown:
     ids = np.unique(np.concatenate([item.label_map.ravel(), *(ids.ravel() for ids in prediction.labels.values())]))
-    panels: Panels = prediction_panels(item, prediction)
+    panels: Panels = prediction_panels(item, prediction, plan)
     return Shown(item.name, ids[ids != IGNORE].tolist(), [(caption, _jpeg(panel)) for caption, panel in panels])
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
-from torch import nn
 
 from datasets import EvalItem
-from engine.evaluation.results import NAMES
-from engine.inference.predict import Prediction, evaluation_mode
+from engine.config import RunConfig
+from engine.inference.batch import Prediction, evaluation_mode, predict_batch
+from engine.inference.plan import Plan, evaluation_plan
+from model.method import MapPlan, Method
 from utils.batch import Batch
 from utils.files import replacing
 from utils.images import heatmap, overlay, to_uint8
@@ -41,31 +41,34 @@ def image_panels(
     return panels + [(caption, overlay(image, label_map)) for caption, label_map in labels.items()]
 
 
-def prediction_panels(item: EvalItem, prediction: Prediction) -> Panels:
-    """Input, mask, heat maps of the present classes, segmentation, and what the CRF made of them."""
-    present = prediction.present[:, None, None]
-    heat = {NAMES[k]: (v * present).amax(0).cpu().numpy() for k, v in prediction.maps.items() if k != "seg"}
-    drawn = {row: ids for row, ids in prediction.labels.items() if row[1] or row[0] == "seg"}
-    labels = {NAMES[kind] + (", CRF" if crf else ""): ids for (kind, crf), ids in drawn.items()}
-    return image_panels(to_uint8(item.image), item.label_map, heat, labels)
+def prediction_panels(item: EvalItem, prediction: Prediction, plan: Plan) -> Panels:
+    """Input, mask, heat maps of the present classes, label maps of kinds with background, and what the CRF made."""
+    present, heat, drawn = prediction.present[:, None, None], {}, {}
+    for kind, declared in plan.kinds.items():
+        if not declared.background:
+            heat[declared.title] = (prediction.maps[kind] * present).amax(0).cpu().numpy()
+    for (kind, crf), ids in prediction.labels.items():
+        if crf or plan.kinds[kind].background:
+            drawn[plan.kinds[kind].title + (", CRF" if crf else "")] = ids
+    return image_panels(to_uint8(item.image), item.label_map, heat, drawn)
 
 
-@torch.no_grad()
-def training_picture(method: nn.Module, batch: Batch, classes: Sequence[str], count: int = 2) -> np.ndarray:
-    """The first `count` images of a batch below each other: input, CAM and LAM of the labelled classes, segmentation.
+def training_picture(
+    method: Method, batch: Batch, classes: Sequence[str], config: RunConfig, count: int = 2
+) -> np.ndarray:
+    """The first `count` images of a batch below each other: input, and the maps of an evaluation.
 
     Single scale, no flip; the method is left in the mode it was in. Returns uint8 (H, W, 3).
     """
     images, labels = batch.images[:count], batch.labels[:count]
+    kinds = evaluation_plan(config).kinds
+    plan = Plan(kinds, {kind: MapPlan(bkg=config.evaluate.bkg) for kind in kinds}, None)
     with evaluation_mode(method):
-        maps = {kind: method.localize(images, kind, [1.0], False) * labels[:, :, None, None] for kind in ("cam", "lam")}
-        segmentation = method.segment(images, [1.0], False).argmax(1)
+        predictions = predict_batch(method, images, labels, plan, batch.names[:count])
     rows = []
-    for i, image in enumerate(images):
-        heat = {kind.upper(): values[i].amax(0).cpu().numpy() for kind, values in maps.items()}
-        seg = segmentation[i].byte().cpu().numpy()
-        row = side_by_side(image_panels(to_uint8(image), None, heat, {"segmentation": seg}))
-        present = ", ".join(name for name, label in zip(classes, labels[i].tolist(), strict=True) if label)
+    for image, label, prediction in zip(images, labels.tolist(), predictions, strict=True):
+        row = side_by_side(prediction_panels(EvalItem("", image, None, None), prediction, plan))
+        present = ", ".join(name for name, there in zip(classes, label, strict=True) if there)
         rows.append(np.concatenate([row, _strip(present or "no label", row.shape[1])]))
     return np.concatenate(rows)
 

@@ -1,7 +1,8 @@
-"""AdamW with linear warm-up and polynomial decay (MoRe, section 4.1)."""
+"""The optimizer, and its learning rate: linear warm-up, then polynomial decay (MoRe, section 4.1)."""
 
 import torch
-from omegaconf import DictConfig
+
+from engine.config import Train
 
 
 def lr_factor(step: int, warmup: int, iterations: int, ratio: float, power: float) -> float:
@@ -13,18 +14,19 @@ def lr_factor(step: int, warmup: int, iterations: int, ratio: float, power: floa
     return (1 - min(step, iterations - 1) / iterations) ** power
 
 
-def build_optimizer(groups: list[dict], config: DictConfig) -> torch.optim.AdamW:
-    """AdamW over a method's parameter groups. config: the section `train`."""
-    optimizer = torch.optim.AdamW(
-        groups, betas=tuple(config.betas), weight_decay=config.weight_decay, eps=1e-8, fused=True
-    )
+def build_optimizer(groups: list[dict], train: Train) -> torch.optim.Optimizer:
+    """The optimizer that `train.optimizer` names, over a method's parameter groups."""
+    if train.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=train.betas, weight_decay=train.weight_decay, eps=1e-8, fused=True)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
 
 
-def set_lr(optimizer: torch.optim.Optimizer, step: int, config: DictConfig) -> None:
-    """Sets every group's rate for 0-based `step`. config: the section `train`."""
-    factor = lr_factor(step, config.warmup_iterations, config.iterations, config.warmup_ratio, config.power)
+def set_lr(optimizer: torch.optim.Optimizer, step: int, train: Train, iterations: int) -> None:
+    """Sets every group's rate for 0-based `step` of a training of so many iterations."""
+    factor = lr_factor(step, train.warmup_iterations, iterations, train.warmup_ratio, train.power)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

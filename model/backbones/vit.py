@@ -1,6 +1,5 @@
 """A plain timm vision transformer with one class token per class (MoRe, section 3.1; after MCTformer)."""
 
-import difflib
 from typing import NamedTuple
 
 import timm
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from model.backbones.mlp import RecomputingMlp
 from model.backbones.start_weights import read_start_weights
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 
 
 class ViTFeatures(NamedTuple):
@@ -107,8 +106,7 @@ def _plain_vit(name: str, args: dict) -> VisionTransformer:
     try:
         vit = timm.create_model(name, pretrained=False, num_classes=0, **args)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        known = f"; did you mean {near[0]}?" if near and not timm.is_model(name) else ""
+        known = "" if timm.is_model(name) else did_you_mean(name, timm.list_models())
         reason = (str(error) or "timm cannot build it") + known
         raise UserError(f"model.backbone={name}, model.backbone_args={args}: {reason}") from None
     reason = _not_plain(vit)

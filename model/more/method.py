@@ -1,21 +1,22 @@
 """MoRe (AAAI 2025): class patch attention needs regularization for weakly supervised semantic segmentation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.backbones.vit import MultiClassTokenViT
 from model.losses.affinity import ptc_loss
 from model.losses.energy import energy_loss
-from model.losses.ratio import local_ratio
 from model.losses.segmentation import segmentation_loss
+from model.method import MapKind, MapPlan, Method, Released
+from model.more.config import DEFAULTS, RENAMED, MoReConfig
 from model.more.lir import certain_loss, hashed_order, sample_uncertain, token_loss, uncertain_loss
 from model.more.network import MoReNetwork, Outputs
-from model.more.official import from_official
-from model.multi_scale import full_precision, localization_maps, resize, segmentation_logits
+from model.more.official import from_official, recognise
+from model.multi_scale import LARGEST, SUM, SUM_OF_POSITIVE, full_precision, fused_maps, min_max, resize, with_scale_1
 from model.pseudo_labels import refined_labels, token_labels, valid_tokens
 from utils.batch import Batch
 from utils.images import IGNORE, denormalize
@@ -23,22 +24,28 @@ from utils.images import IGNORE, denormalize
 FROM_PSEUDO_LABELS = ("ptc", "certain", "uncertain", "seg", "energy")
 
 
-class MoRe(nn.Module):
-    """The method behind the engine's contract: losses, their weights, parameter groups, localize, segment."""
+FUSIONS = {"cam": SUM_OF_POSITIVE, "cam_aux": SUM_OF_POSITIVE, "lam": SUM, "seg": LARGEST}
+VALIDATION_LAM_BKG = 0.5   # [code]
 
-    def __init__(self, config: DictConfig, num_classes: int) -> None:
-        super().__init__()
+
+class MoRe(Method):
+    """The method behind the contract of model/method.py."""
+
+    Config, defaults, renamed = MoReConfig, DEFAULTS, RENAMED
+    kinds: ClassVar = {
+        "cam": MapKind("CAM", background=False, uses_labels=True),
+        "lam": MapKind("LAM", background=False, uses_labels=True),
+        "fused": MapKind("CAM x LAM", background=False, uses_labels=True),
+        "seg": MapKind("segmentation", background=True, uses_labels=False),
+    }
+    best_by = "seg"
+
+    def __init__(self, config: Any, num_classes: int) -> None:
+        super().__init__(config, num_classes)
         m = config.model
         backbone = MultiClassTokenViT(m.backbone, dict(m.backbone_args), num_classes, m.registers, m.aux_block)
         self.network = MoReNetwork(backbone, m.token_ratio, m.decoder_channels)
-        self.num_classes = num_classes
-        self.labels_config, self.loss_config = config.pseudo_labels, config.loss
-        self.head_lr_factor = config.train.head_lr_factor
         self.token_order = hashed_order    # which tokens the uncertain loss samples first
-        self.ratio = local_ratio           # the engine puts one here that counts over all processes
-
-    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        return self.losses(batch, iteration)
 
     def losses(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """The terms of the training objective (MoRe, section 3.4), unweighted fp32 scalars; iteration counts from 0.
@@ -53,7 +60,7 @@ class MoRe(nn.Module):
             pseudo = self.pseudo_labels(cams, batch, out.patches.shape[-2:], iteration)
             del cams   # large
             seg_logits = resize(out.seg_logits, batch.images.shape[-2:])
-            c = self.loss_config
+            c = self.config.loss
             samples = sample_uncertain(
                 pseudo["uncertain"], self.token_order, batch.seeds, c.uncertain_tokens, pseudo["valid"]
             )
@@ -76,38 +83,36 @@ class MoRe(nn.Module):
 
     @torch.no_grad()
     def pseudo_labels(
-        self, cams: tuple[Tensor, Tensor] | None, batch: Batch, grid: Sequence[int], iteration: int
+        self, cams: dict[str, Tensor] | None, batch: Batch, grid: Sequence[int], iteration: int
     ) -> dict[str, Tensor]:
         """What the terms learn from: `ptc`, `certain`, `uncertain` (B, h, w), `pixel` (B, H, W), `valid` (B, h, w).
 
-        cams: CAM and auxiliary CAM, (B, K, H, W) in [0, 1]; None: all labels are 255.
+        cams: `cam` and `cam_aux`, (B, K, H, W) in [0, 1]; None: all labels are 255.
         Labels are int64, 255 where unsure and on padding.
         """
         inside = valid_tokens(batch.valid, self.network.backbone.patch_size)
         if cams is None:
             tokens, pixels = (torch.full_like(x, IGNORE, dtype=torch.int64) for x in (inside, batch.valid))
             return {"ptc": tokens, "certain": tokens, "uncertain": tokens, "pixel": pixels, "valid": inside}
-        c, (cam, cam_aux) = self.labels_config, cams
-        stage, source = ("main", cam) if iteration > c.main_cam_after else ("aux", cam_aux)
+        c, cam, cam_aux = self.config.pseudo_labels, cams["cam"], cams["cam_aux"]
+        main = iteration > c.main_cam_after
+        source, certain, uncertain = (
+            (cam, c.certain.main, c.uncertain.main) if main else (cam_aux, c.certain.aux, c.uncertain.aux)
+        )
         # the released code truncates the denormalised image before it goes through PAR
         image = denormalize(batch.images).clamp(0, 255).floor() / 255
         pixel = self._pixel_labels(cam, batch, image)
         tokens = {
             "ptc": token_labels(cam_aux, batch.labels, grid, c.high, c.low),
-            "certain": token_labels(source, batch.labels, grid, *c.certain[stage]),
-            "uncertain": token_labels(source, batch.labels, grid, *c.uncertain[stage]),
+            "certain": token_labels(source, batch.labels, grid, *certain),
+            "uncertain": token_labels(source, batch.labels, grid, *uncertain),
         }
         tokens = {name: label.masked_fill(~inside, IGNORE) for name, label in tokens.items()}
         return {**tokens, "pixel": pixel.masked_fill(~batch.valid, IGNORE), "valid": inside}
 
-    def loss_weights(self, iteration: int) -> dict[str, float]:
-        """Weight of every term at this iteration (MoRe, section 4.1): 0 until its stage starts."""
-        c = self.loss_config
-        return {term: weight if iteration > c.start_after[term] else 0.0 for term, weight in c.weights.items()}
-
-    def param_groups(self, lr: float) -> list[dict]:
+    def param_groups(self, train: Any) -> list[dict]:
         """Encoder, encoder norms, classifiers, GCR, decoder; the last three learn `head_lr_factor` times faster."""
-        net, head_lr = self.network, lr * self.head_lr_factor
+        net, lr, head_lr = self.network, train.lr, train.lr * train.head_lr_factor
         encoder = dict(net.backbone.named_parameters())
         norms = [p for name, p in encoder.items() if "norm" in name]
         others = [p for name, p in encoder.items() if "norm" not in name]
@@ -133,20 +138,37 @@ class MoRe(nn.Module):
         own = from_official(weights, self.network)
         return {f"network.{name}": value for name, value in own.items()}
 
-    @torch.no_grad()
-    def localize(self, images: Tensor, kind: str, scales: Sequence[float], flip: bool) -> Tensor:
-        """Maps (B, K, H, W) in [0, 1] at the size of `images`. kind: cam, cam_aux or lam."""
-        if kind == "lam":
-            return localization_maps(images, lambda x: (self.network.lam(x),), scales, flip, relu=False)[0]
-        cam, cam_aux = localization_maps(images, self.network.cams, scales, flip, relu=True)
-        return {"cam": cam, "cam_aux": cam_aux}[kind]
+    @classmethod
+    def recognise(cls, shapes: Mapping[str, tuple[int, ...]]) -> Released | None:
+        return recognise(shapes)
+
+    @classmethod
+    def validation_plans(cls, config: Any) -> dict[str, MapPlan]:
+        """As released: CAM at the training scales with flip, LAM and segmentation at scale 1 without."""
+        plans = super().validation_plans(config)
+        plans["lam"] = plans["lam"]._replace(bkg=VALIDATION_LAM_BKG)
+        for kind in ("cam", "fused"):
+            plans[kind] = plans[kind]._replace(scales=with_scale_1(config.pseudo_labels.cam_scales), flip=True)
+        return plans
+
+    @classmethod
+    def sure_above(cls, config: Any) -> tuple[float, float]:
+        return config.pseudo_labels.high, config.pseudo_labels.low
 
     @torch.no_grad()
-    def segment(
-        self, images: Tensor, scales: Sequence[float], flip: bool, out_size: Sequence[int] | None = None
-    ) -> Tensor:
-        """Logits (B, K+1, *out_size); out_size None: the size of `images`."""
-        return segmentation_logits(images, self.network.segment, scales, flip, out_size or images.shape[-2:])
+    def maps(
+        self, images: Tensor, kinds: Mapping[str, MapPlan], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Kinds: those of `kinds`, and `cam_aux`. `fused` is CAM x LAM brought to [0, 1] again, each of them as its own
+        plan says, else as that of `fused`. `seg`: logits."""
+        plans = dict(kinds)
+        if "fused" in plans:
+            own = plans.pop("fused")
+            plans = {"cam": own, "lam": own, **plans}
+        made = fused_maps(images, {k: (plan, FUSIONS[k]) for k, plan in plans.items()}, self.network.coarse_maps)
+        if "fused" in kinds:
+            made["fused"] = min_max(made["cam"] * made["lam"])
+        return {kind: made[kind] for kind in kinds}
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
@@ -154,14 +176,15 @@ class MoRe(nn.Module):
         return full_precision(self.network.classify(images))
 
     @torch.no_grad()
-    def _training_cams(self, images: Tensor, out: Outputs) -> tuple[Tensor, Tensor]:
+    def _training_cams(self, images: Tensor, out: Outputs) -> dict[str, Tensor]:
         """CAM and auxiliary CAM; the training forward `out` has them already for the images themselves."""
+        plan = MapPlan(with_scale_1(self.config.pseudo_labels.cam_scales), flip=True)
+        kinds = {kind: (plan, FUSIONS[kind]) for kind in ("cam", "cam_aux")}
         known = self.network.cams_of(out.patches, out.aux)
-        scales = self.labels_config.cam_scales
-        return localization_maps(images, self.network.cams, scales, flip=True, relu=True, known=known)
+        return fused_maps(images, kinds, self.network.coarse_maps, known)
 
     def _pixel_labels(self, cam: Tensor, batch: Batch, image: Tensor) -> Tensor:
-        c = self.labels_config
+        c = self.config.pseudo_labels
         return refined_labels(
             cam, batch.labels, image, c.high, c.low, c.par_dilations, c.par_iterations, batch.most_classes
         )

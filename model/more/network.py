@@ -1,5 +1,6 @@
 """The network of MoRe: multi-class-token ViT, two classifiers, GCR and a LargeFOV decoder."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -54,26 +55,27 @@ class MoReNetwork(nn.Module):
         with _exact(images):
             return self.classifier(F.adaptive_max_pool2d(patches, 1)).flatten(1)
 
-    def segment(self, images: Tensor) -> Tensor:
-        """Segmentation logits (B, K+1, h, w)."""
-        return self.decoder(self._features(images).patches)
-
-    def cams(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """CAM and auxiliary CAM, (B, K, h, w) each: the classifiers on every patch (Zhou et al., CVPR 2016)."""
+    def coarse_maps(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """Maps of one forward, (B, K, h, w): CAM and auxiliary CAM, the classifiers on every patch (Zhou et al., CVPR
+        2016); LAM, the localization attention map, patch features times class tokens; (B, K+1, h, w): segmentation."""
         features = self._features(images)
-        return self.cams_of(features.patches, features.aux)
+        return {kind: self._of_features(kind, features) for kind in kinds}
 
-    def cams_of(self, patches: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
-        """`cams` from the backbone's maps."""
+    def cams_of(self, patches: Tensor, aux: Tensor) -> dict[str, Tensor]:
+        """CAM and auxiliary CAM of the backbone's maps."""
         with _exact(patches):
-            return self.classifier(patches), self.aux_classifier(aux)
+            return {"cam": self.classifier(patches), "cam_aux": self.aux_classifier(aux)}
 
-    def lam(self, images: Tensor) -> Tensor:
-        """Localization attention map (B, K, h, w): patch features times class tokens."""
-        features = self._features(images)
-        with _exact(images):
+    def _of_features(self, kind: str, features: ViTFeatures) -> Tensor:
+        if kind == "seg":
+            return self.decoder(features.patches)
+        with _exact(features.patches):
+            if kind == "cam":
+                return self.classifier(features.patches)
+            if kind == "cam_aux":
+                return self.aux_classifier(features.aux)
             maps = self._class_tokens(features) @ features.patches.flatten(2)
-        return maps.unflatten(2, features.patches.shape[-2:])
+            return maps.unflatten(2, features.patches.shape[-2:])
 
     def _features(self, images: Tensor) -> ViTFeatures:
         return ViTFeatures(*map(full_precision, self.backbone(images)))

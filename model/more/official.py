@@ -1,8 +1,11 @@
 """The weight files the MoRe authors released: an explicit key map onto our network, strict."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from model.backbones.start_weights import check_keys
+from model.method import Released
 
 # official prefix -> ours; the encoder's tokens and positions are apart, below
 PREFIXES = {
@@ -18,6 +21,18 @@ def unwrap(weights: dict) -> dict[str, Tensor]:
     """The flat state dict of a released file: VOC is flat, COCO keeps it under `model_state_dict`; no `module.`."""
     weights = weights.get("model_state_dict", weights)
     return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
+CONFIGS = {80: "more_coco"}   # by the number of classes; else more_voc
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Released | None:
+    """A released MoRe file is known by its GCR and its classifier."""
+    plain = {key.removeprefix("module."): shape for key, shape in shapes.items()}
+    if not {"graph_layer._fc1.0.weight", "classifier.weight"} <= plain.keys():
+        return None
+    classes = plain["classifier.weight"][0]
+    return Released(CONFIGS.get(classes, "more_voc"), classes)
 
 
 def from_official(weights: dict, network: nn.Module) -> dict[str, Tensor]:

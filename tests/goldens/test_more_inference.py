@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.inference.predict import MapPlan, evaluation_plan, predict
+from engine.inference.batch import predict
+from engine.inference.plan import evaluation_plan
+from model.method import MapPlan
 from tests.goldens.network import golden_method
 from utils.images import to_uint8
 
@@ -22,18 +24,18 @@ def network(golden, arrays):
 
 
 @pytest.fixture(scope="module")
-def predictions(arrays, network):
+def predictions(golden, arrays):
     """{"ss", "ms"}: predictions with CRF, as the tools make them."""
-    method, config = network
-    base, bkg = int(arrays["base_size"]), float(arrays["bkg_thre"])
-    evaluate = config.evaluate
-    evaluate.base_size, evaluate.bkg, evaluate.crf = base, bkg, True
-    evaluate.multi_scales = [float(s) for s in arrays["ms_scales"]]
-    evaluate.seg_scales = [float(s) for s in arrays["seg_scales"]]
+    settings = [
+        f"evaluate.base_size={int(arrays['base_size'])}", f"evaluate.bkg={float(arrays['bkg_thre'])}",
+        f"evaluate.multi_scales={[float(s) for s in arrays['ms_scales']]}", "evaluate.crf=true",
+        f"evaluate.scales.seg={[float(s) for s in arrays['seg_scales']]}",
+    ]
     image, labels = torch.from_numpy(arrays["input"][0]), torch.from_numpy(arrays["cls_label"][0])
     made = {}
-    for name, multi, kinds in (("ss", False, ["cam", "lam"]), ("ms", True, ["cam", "lam", "seg"])):
-        evaluate.multi_scale, evaluate.maps = multi, kinds
+    for name, multi, kinds in (("ss", "false", "[cam, lam]"), ("ms", "true", "[cam, lam, seg]")):
+        own = [*settings, f"evaluate.multi_scale={multi}", f"evaluate.maps={kinds}"]
+        method, config = golden_method(golden, arrays, own)
         made[name] = predict(method, image, labels, evaluation_plan(config))
     return made
 
@@ -69,7 +71,7 @@ def test_segmentation(arrays, predictions):
 
 def test_predicted_image_labels(arrays, network):
     method, config = network
-    plan = evaluation_plan(config)._replace(kinds=("lam",), predicted="classifier", crf=None)
+    plan = evaluation_plan(config).only("lam")._replace(predicted="classifier", crf=None)
     plan.maps["lam"] = MapPlan((1.0,), False)
     prediction = predict(method, torch.from_numpy(arrays["input"][0]), None, plan)
     np.testing.assert_array_equal(prediction.present.numpy(), arrays["predicted_cls_label"] > 0)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from model.method import MapPlan
+from model.multi_scale import with_scale_1
 from tests.goldens.network import golden_method
 
 CASES = "__input"
@@ -37,11 +39,11 @@ def test_every_output(arrays, network):
     for case in cases:
         images = torch.from_numpy(arrays[case + CASES])
         features, out = network.backbone(images), network(images)
-        cam, cam_aux = network.cams(images)
+        maps = network.coarse_maps(images, ("cam", "cam_aux", "seg"))
         ours = {
             "cls": out.class_logits, "cls_aux": out.aux_logits, "seg": out.seg_logits, "x4": out.patches,
-            "class_tokens_gcr": out.class_tokens, "class_tokens_raw": features.class_tokens, "cam": cam,
-            "cam_aux": cam_aux, "x_aux": features.aux.flatten(2).transpose(1, 2),
+            "class_tokens_gcr": out.class_tokens, "class_tokens_raw": features.class_tokens, "cam": maps["cam"],
+            "cam_aux": maps["cam_aux"], "x_aux": features.aux.flatten(2).transpose(1, 2),
             "score_maps": attention_scores(network, images),
         }
         stored = {n.removeprefix(case + "__") for n in arrays.files if n.startswith(case + "__")}
@@ -50,7 +52,7 @@ def test_every_output(arrays, network):
             atol = 1e-3 if name == "score_maps" else 1e-4
             np.testing.assert_allclose(value.numpy(), arrays[f"{case}__{name}"], rtol=1e-4, atol=atol, err_msg=name)
         np.testing.assert_allclose(network.classify(images).numpy(), arrays[f"{case}__cls"], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(network.segment(images).numpy(), arrays[f"{case}__seg"], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(maps["seg"].numpy(), arrays[f"{case}__seg"], rtol=1e-4, atol=1e-4)
 
 
 def test_multi_scale_maps(golden):
@@ -63,7 +65,8 @@ def test_multi_scale_maps(golden):
         "lam1": ("lam", [1.0]),
     }
     for name, (kind, scales) in runs.items():
-        maps = method.localize(images, kind, [float(s) for s in scales], flip=True).numpy()
+        plan = MapPlan(with_scale_1([float(s) for s in scales]), flip=True)
+        maps = method.maps(images, {kind: plan})[kind].numpy()
         np.testing.assert_allclose(maps[..., ::4, ::4], arrays[f"{name}_s4"], rtol=0, atol=5e-5, err_msg=name)
         if f"{name}_sel" in arrays.files:
             chosen = maps[arrays["sel_image"], arrays["sel_class"]]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from engine.checkpoints.files import load_weights
+from engine.config import load_config
 from model import build_method
-from utils.config import load_config
 from utils.errors import UserError
 
 

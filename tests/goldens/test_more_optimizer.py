@@ -2,23 +2,23 @@
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
+from engine.config import Train
 from engine.training.optimizer import build_optimizer, set_lr
 
 
 def test_rates_and_parameters(golden):
     arrays = golden("more/optimizer.npz")
-    config = OmegaConf.create({
-        "betas": arrays["betas"].tolist(), "weight_decay": float(arrays["weight_decay"]),
-        "warmup_iterations": int(arrays["warmup_iter"]), "iterations": int(arrays["max_iter"]),
-        "warmup_ratio": float(arrays["warmup_ratio"]), "power": float(arrays["power"]),
-    })
+    train = Train(
+        betas=arrays["betas"].tolist(), weight_decay=float(arrays["weight_decay"]),
+        warmup_iterations=int(arrays["warmup_iter"]), iterations=int(arrays["max_iter"]),
+        warmup_ratio=float(arrays["warmup_ratio"]), power=float(arrays["power"]),
+    )
     parameters = [torch.nn.Parameter(torch.from_numpy(arrays[f"param{i}_init"].copy())) for i in (1, 2)]
     groups = [{"params": [p], "lr": float(lr)} for p, lr in zip(parameters, arrays["group_lr"], strict=True)]
-    optimizer = build_optimizer(groups, config)
+    optimizer = build_optimizer(groups, train)
     for step, rates in enumerate(arrays["lr"]):
-        set_lr(optimizer, step, config)
+        set_lr(optimizer, step, train, train.iterations)
         np.testing.assert_allclose([g["lr"] for g in optimizer.param_groups], rates, rtol=1e-6, err_msg=str(step))
         for i, parameter in enumerate(parameters, 1):
             parameter.grad = torch.from_numpy(arrays[f"grad{i}"][step].copy())

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from datasets import EvalItem, Unreadable
+from engine.config import RunConfig
 from engine.distributed import Ranks, barrier, loader_workers, use_tf32
-from engine.inference.predict import Plan, Prediction, evaluation_mode, predict_batch
+from engine.inference.batch import Prediction, evaluation_mode, predict_batch
+from engine.inference.plan import Plan
+from model.method import Method
 from utils.errors import UserError
 from utils.files import replacing
 
@@ -39,7 +41,7 @@ class Written(NamedTuple):
 
 @contextmanager
 def over_images(
-    method: nn.Module, items: Iterable[EvalItem], plan: Plan, device: torch.device,
+    method: Method, items: Iterable[EvalItem], plan: Plan, device: torch.device,
     then: Callable[[EvalItem, Prediction], Any], batch_size: int | None = None, at_once: int | None = None,
 ) -> Iterator[Iterator[Any]]:
     """Gives an iterator of then(item, prediction), which threads call while the device computes further batches.
@@ -62,7 +64,7 @@ def over_images(
 
 
 def write_predictions(
-    method: nn.Module, dataset: Dataset, plan: Plan, ranks: Ranks, config: DictConfig,
+    method: Method, dataset: Dataset, plan: Plan, ranks: Ranks, config: RunConfig,
     write: Callable[[EvalItem, Prediction], None], finished: Callable[[str], bool], title: str,
 ) -> Written:
     """Calls write(item, prediction) for every image of `dataset` that is not finished(name), with a bar.
@@ -170,9 +172,9 @@ def is_finished(path: Path) -> Callable[[Path], bool]:
     return lambda file: file.is_file() and file.stat().st_mtime_ns >= since
 
 
-def made_with(file: str, plan: Plan, config: DictConfig) -> dict:
+def made_with(file: str, plan: Plan, config: RunConfig) -> dict:
     """What predictions depend on beside the images: the weights file (name, size, time), the plan, the model."""
-    about, model = Path(file).stat(), OmegaConf.to_container(config.model)
+    about, model = Path(file).stat(), config.model.model_dump()
     del model["weights"]   # those it once started from
     return {"checkpoint": [Path(file).name, about.st_size, about.st_mtime_ns], **plan._asdict(), "model": model}
 

@@ -1,0 +1,39 @@
+"""The keys of `data`."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from utils.config import Count, FilePath, Index, Positive, Section, Text, key
+
+
+class Shapes(Section):
+    """Of generated shapes (data.name=shapes): images a split, side in pixels."""
+
+    seed: Index = key(0, "ours")
+    train: int = key(2000, "ours")
+    val: int = key(200, "ours")
+    size: int = key(128, "ours")
+
+
+class Data(Section):
+    name: Literal["voc", "coco", "shapes"] = key("voc", "ours: the layout of the folder")
+    root: FilePath | None = key(None, "ours: the folder, or the environment variable VOC_ROOT or COCO_ROOT")
+    train_split: FilePath = key("train_aug", "paper: 10,582 images")
+    val_split: FilePath | None = key("val", "paper: 1,449 images; null: train without validation")
+    image_labels: FilePath | None = key(None, "ours: file or folder, or masks; null: the data set's own")
+    classes: tuple[Text, ...] | None = key(None, "ours: names without background; null: the data set's own")
+    augmentation: Literal["resized_crop", "scale_and_pad"] = key("resized_crop", "code of MoRe on VOC")
+    crop_size: Count = key(448, "paper")
+    resize_range: tuple[Positive, Positive] = key((0.32, 1.0), "code")
+    workers: Index | None = key(None, "ours: of each process; null: its share of the cores, 1 to train on a CPU")
+    shapes: Shapes = Shapes()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Data":
+        names = self.classes or ()
+        if len({"background", *names}) != len(names) + 1:
+            self.refuse("classes", "names that differ, without background")
+        if self.resize_range[0] > self.resize_range[1]:
+            self.refuse("resize_range", "[smallest, largest]")
+        return self

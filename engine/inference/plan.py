@@ -1,0 +1,85 @@
+"""What is made of an image, and how: the plan of an evaluation, of a validation, of predictions."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from engine.config import CLASSIFIER, RunConfig
+from model import METHODS
+from model.method import MapKind, MapPlan
+from model.multi_scale import with_scale_1
+
+Row = tuple[str, bool]     # the kind of a map, with or without CRF
+
+
+class Plan(NamedTuple):
+    """What is made of an image, and how.
+
+    kinds: of the maps wanted, with what each is. maps: how each is made, and that which image labels come from.
+    base_size: side of the square the image becomes; None: native size.
+    predicted: None for given image labels, else where they come from: `classifier`, or a kind with background.
+    min_pixels: a class of that kind counts from this many pixels.
+    crf: settings of `dense_crf`, None for none; with them every label map is made without and with CRF.
+    class_logits: whether the classifier's logits are wanted, whatever image labels come from.
+    """
+
+    kinds: dict[str, MapKind]
+    maps: dict[str, MapPlan]
+    base_size: int | None
+    predicted: str | None = None
+    min_pixels: int = 1
+    crf: dict | None = None
+    class_logits: bool = False
+
+    @property
+    def rows(self) -> list[Row]:
+        """The label maps that come of it."""
+        return [(kind, crf) for kind in self.kinds for crf in ((False, True) if self.crf else (False,))]
+
+    def only(self, kind: str) -> "Plan":
+        """The plan of one of its kinds."""
+        return self._replace(kinds={kind: self.kinds[kind]})
+
+
+def row_name(row: Row) -> str:
+    """`KIND`, or with CRF `KIND_crf`."""
+    return row[0] + ("_crf" if row[1] else "")
+
+
+def evaluation_plan(config: RunConfig) -> Plan:
+    """The plan of the tools: sections `evaluate` and `crf`."""
+    c, declared = config.evaluate, METHODS[config.method].kinds
+    wanted = tuple(declared) if c.maps is None else tuple(dict.fromkeys(c.maps))
+    predicted = c.predict_from if c.image_labels == "predicted" else None
+    needed = {*wanted, predicted} - {None, CLASSIFIER}
+    maps = {kind: _map_plan(config, kind, is_of) for kind, is_of in declared.items() if kind in needed}
+    crf = config.crf.model_dump() if c.crf else None
+    return Plan({kind: declared[kind] for kind in wanted}, maps, c.base_size, predicted, c.min_pixels, crf)
+
+
+def validation_plan(config: RunConfig) -> Plan:
+    """The plan of the validation in training: as the method says, given labels, no CRF.
+
+    Without evaluate.base_size the squares have the side of the crops.
+    """
+    method = METHODS[config.method]
+    return Plan(method.kinds, method.validation_plans(config), config.evaluate.base_size or config.data.crop_size)
+
+
+def seed_kind(config: RunConfig) -> str:
+    """The kind that pseudo masks are made from unless one is named: the last that image labels restrict."""
+    kinds = METHODS[config.method].kinds
+    named = [kind for kind in config.evaluate.maps or kinds if kind in kinds]
+    return [kind for kind in named if kinds[kind].uses_labels or kind == named[0]][-1]
+
+
+def titles(method: str) -> Mapping[str, str]:
+    """What the kinds of a method are called in print; those of an unknown method by their names."""
+    return {kind: is_of.title for kind, is_of in METHODS[method].kinds.items()} if method in METHODS else {}
+
+
+def _map_plan(config: RunConfig, kind: str, declared: MapKind) -> MapPlan:
+    c = config.evaluate
+    scales = c.scales.get(kind, (1.0,))
+    if not declared.background:
+        scales = with_scale_1(c.multi_scales if c.multi_scale else scales)
+    return MapPlan(tuple(scales), c.flip, c.base_size, 0.0 if declared.background else c.bkg)

@@ -1,0 +1,180 @@
+"""The folder of a run: its log, metrics, pictures, checkpoints and the best weights so far."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from engine.checkpoints import files
+from engine.checkpoints.start_weights import load_start_weights
+from engine.config import RunConfig, portable
+from engine.distributed import Ranks, all_reduce_sum, barrier
+from engine.inference.pictures import training_picture
+from engine.provenance import save_provenance
+from engine.training.step import Trainer
+from model.method import Method
+from utils.batch import Batch
+from utils.errors import UserError
+from utils.log import MetricsWriter, setup_logger
+
+
+class Run:
+    """What happens around the steps of a training; only the first process writes.
+
+    Raises UserError for settings that do not go together, and for a folder that holds a run already.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        if not config.tag:
+            raise UserError("tag is not set: give tag=NAME, the name of the run's folder")
+        if config.train.batch_size % ranks.world:
+            raise UserError(f"train.batch_size={config.train.batch_size} is no multiple of the {ranks.world} processes")
+        self.config, self.ranks, self.main = config, ranks, ranks.rank == 0
+        self.folder = Path(config.output) / config.tag
+        self.checkpoints = self.folder / "checkpoints"
+        if config.resume is None and any(self.checkpoints.glob("iter_*.state.pt")):
+            raise UserError(f"{self.folder} holds a run already: continue it with resume=auto, or give another tag")
+        self.logger = setup_logger(self.folder / "train.log", main=self.main)
+        self.period = _Period()
+
+    def begin(self, method: Method, classes: Sequence[str]) -> dict | None:
+        """Loads the weights the run goes on with, or starts from; returns the state of the run it goes on with."""
+        self.classes, state = list(classes), None
+        if self.config.resume == "auto":
+            state = files.newest_state(self.checkpoints)
+        if state is None:
+            load_start_weights(method, self.config.model)
+        else:
+            weights = self.checkpoints / files.WEIGHTS.format(state["iteration"])
+            files.check_classes(weights, classes)
+            files.load_weights(weights, method)
+        return state
+
+    def attach(self, trainer: Trainer, state: dict | None) -> None:
+        """Takes the trainer, which goes on from `state`, and opens the files of the run."""
+        self.trainer, self.best = trainer, -math.inf
+        if state is not None:
+            files.load_optimizer(trainer.optimizer, state)
+            trainer.iteration = state["iteration"]
+            self.best = files.best_score(self.checkpoints, trainer.method.best_by)
+        self.meta = {"method": self.config.method, "classes": self.classes, "config": self.config.tag}
+        self.meta |= {"settings": portable(self.config), "iterations": trainer.length}
+        if self.main:
+            save_provenance(self.config, self.folder)
+            self.writer = MetricsWriter(self.folder, start=trainer.iteration)
+
+    def describe(self, train_set: Dataset, val_set: Dataset | None) -> None:
+        """Says in the log what is trained on what."""
+        config, world = self.config, self.ranks.world
+        parameters = sum(p.numel() for p in self.trainer.method.parameters()) / 1e6
+        model, data, batch = config.model, config.data, config.train.batch_size
+        self.logger.info("%s, %s, %.2f M parameters, from %s", config.method, model.backbone, parameters, model.weights)
+        validation = f"{len(val_set)} validation images ({data.val_split})" if val_set else "no validation"
+        facts = len(train_set), data.train_split, validation, len(self.classes)
+        self.logger.info("%d training images (%s), %s, %d classes", *facts)
+        facts = batch, world, batch // world, self.ranks.device, config.train.lr, config.train.precision
+        self.logger.info("global batch %d = %d process(es) x %d on %s, lr %.3g, %s", *facts)
+        if self.trainer.iteration:
+            self.logger.info("resumed after iteration %d", self.trainer.iteration)
+
+    def progress(self, loader: DataLoader) -> tqdm:
+        """The batches with a bar; to be closed, so that a message of an error starts on a line of its own."""
+        start, length = self.trainer.iteration, self.trainer.length
+        return tqdm(loader, disable=not self.main, initial=start, total=length, desc="train", dynamic_ncols=True)
+
+    def is_due(self, every: int, at_the_end: bool = True) -> bool:
+        """Whether what happens every so many iterations happens after this one, and after the last."""
+        done = self.trainer.iteration
+        return done % every == 0 or (at_the_end and done == self.trainer.length)
+
+    def count(self, terms: dict[str, Tensor]) -> None:
+        """Takes the terms of a step into the means of `log_terms`."""
+        self.period.add(terms)
+
+    def log_terms(self, bar: tqdm) -> None:
+        """Writes the means since the last call. Raises UserError where one is not finite."""
+        done, length, means = self.trainer.iteration, self.trainer.length, self.period.means(self.ranks)
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"{self.folder}: the loss term {bad[0]} is not finite at iteration {done}; the checkpoints stay"
+            )
+        if self.main:
+            bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+            seconds = self.period.seconds
+            rate = {"lr": self.trainer.optimizer.param_groups[0]["lr"], "seconds_per_iteration": seconds}
+            self.writer.scalars(done - 1, {**means, **rate}, prefix="train/")
+            self.logger.info(_line(done, length, means, seconds))
+        self.period = _Period()
+
+    def draw(self, batch: Batch) -> None:
+        """A picture of the maps for TensorBoard."""
+        if self.main:
+            picture = training_picture(self.trainer.method, batch, self.classes, self.config)
+            self.writer.image(self.trainer.iteration - 1, "maps", picture)
+
+    def save(self) -> None:
+        """Weights and state of this iteration."""
+        if self.main:
+            files.save_state(
+                self.checkpoints, self.trainer.iteration, self.trainer.method, self.trainer.optimizer, self.meta
+            )
+        barrier()
+
+    def log_validation(self, scores: dict[str, float]) -> None:
+        """scores: mIoU (0..1) of each kind; the weights are kept if that of `best_by` is the best so far."""
+        done, method = self.trainer.iteration, self.trainer.method
+        if self.main:
+            self.writer.scalars(done - 1, scores, prefix="val/")
+            shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in scores.items())
+            self.logger.info("validation at %d: %s", done, shown)
+            if scores[method.best_by] > self.best:
+                self.best = scores[method.best_by]
+                meta = {**self.meta, "iteration": done, "val": scores}
+                files.save_weights(self.checkpoints / files.BEST, method, meta)
+        barrier()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within it is no time of training."""
+        started = time.perf_counter()
+        yield
+        self.period.paused += time.perf_counter() - started
+
+    def end(self) -> Path:
+        """Closes the files; the run's folder."""
+        if self.main:
+            self.writer.close()
+            self.logger.info("done: %s", self.folder)
+        return self.folder
+
+
+class _Period:
+    """Sums of the terms since the last log line, kept on the device; `paused`: seconds of it that were no training."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.paused, self.started = 0, 0.0, time.perf_counter()
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        self.sums = {name: self.sums.get(name, 0) + term for name, term in terms.items()}
+        self.steps += 1
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Mean of every term over the period's steps and over all processes."""
+        total = all_reduce_sum(torch.stack(list(self.sums.values())).double())
+        self.seconds = (time.perf_counter() - self.started - self.paused) / self.steps
+        return dict(zip(self.sums, (total / (self.steps * ranks.world)).tolist(), strict=True))
+
+
+def _line(done: int, iterations: int, means: dict[str, float], seconds: float) -> str:
+    left = int(seconds * (iterations - done))
+    eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+    return f"{done}/{iterations}  {terms}  {seconds:.3f} s/it  eta {eta}"

@@ -1,0 +1,54 @@
+"""One step of training."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.config import RunConfig
+from engine.distributed import Ranks, global_ratio
+from engine.training.optimizer import build_optimizer, set_lr
+from model.method import Method
+from utils.batch import Batch
+from utils.errors import UserError
+
+
+class Trainer:
+    """A method, its optimizer and one step of training.
+
+    method: on its device, with the weights it starts from. length: iterations of the whole training, None: that of the
+    config. iteration: steps done so far.
+    """
+
+    def __init__(self, method: Method, config: RunConfig, ranks: Ranks, length: int | None = None) -> None:
+        self.method, self.config, self.ranks = method, config, ranks
+        self.length = length or config.train.iterations
+        self.optimizer = build_optimizer(method.param_groups(config.train), config.train)
+        self.iteration = 0
+        self.parallel: nn.Module = method
+        if config.train.compile:
+            method.compile()
+        if ranks.world > 1:
+            method.ratio = global_ratio
+            devices = [ranks.device] if ranks.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(method, device_ids=devices)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One iteration: losses, backward, optimizer. Returns the detached terms and their weighted sum `total`.
+
+        Every term takes part, with weight 0 before its stage: its parameters then get zero gradients, not none.
+        Random draws of the method follow from the seed, the iteration and the rank alone.
+        """
+        torch.manual_seed((self.config.seed * 1_000_003 + self.iteration) * 1_009 + self.ranks.rank)
+        set_lr(self.optimizer, self.iteration, self.config.train, self.length)
+        self.optimizer.zero_grad(set_to_none=True)   # before the forward, which then has their memory
+        bf16 = self.config.train.precision == "bf16"
+        with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=bf16):
+            terms = self.parallel(batch, self.iteration)
+        weights = self.method.loss_weights(self.iteration)
+        for name in terms.keys() - weights.keys():
+            raise UserError(f"the loss term '{name}' has no weight: add it to loss.weights and loss.start_after")
+        total = sum(weights[name] * term for name, term in terms.items())
+        total.backward()
+        self.optimizer.step()
+        self.iteration += 1
+        return {name: term.detach() for name, term in {**terms, "total": total}.items()}

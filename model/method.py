@@ -1,0 +1,137 @@
+"""The contract of a method: all that the engine, the tools and the report know of it.
+
+A method is a package of `model/` with a subclass of `Method` and a line in `METHODS` (model/__init__.py).
+images are float (B, 3, H, W), normalised with ImageNet mean and std; labels multi-hot float (B, K).
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+from torch import Tensor, nn
+
+from model.losses.ratio import local_ratio
+from utils.batch import Batch
+from utils.config import FilePath, Free, Section, Text, key
+from utils.errors import UserError
+
+
+class MapKind(NamedTuple):
+    """What a kind of map is.
+
+    title: as printed. background: True for scores (B, K+1, H, W) whose argmax decides, False for maps (B, K, H, W) in
+    [0, 1] that a threshold turns into labels. uses_labels: whether image-level labels, given or predicted, restrict it.
+    """
+
+    title: str
+    background: bool
+    uses_labels: bool
+
+
+class MapPlan(NamedTuple):
+    """How a map is made. side: of the square an image becomes, in pixels; None: its own size. bkg: the threshold."""
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    side: int | None = None
+    bkg: float = 0.0
+
+
+class Released(NamedTuple):
+    """A file that a method's authors released: the name of its config, and its number of classes."""
+
+    config: str
+    classes: int
+
+
+class ModelSection(Section):
+    """The keys of `model` that every method has: the engine fetches and loads the start weights."""
+
+    backbone: Text = key("", "each method's own")
+    backbone_args: Free = key({}, "ours: for timm, such as {depth: 6, patch_size: 8}")
+    weights: FilePath | None = key(None, "ours: a name of weights/registry.yaml, a file, timm, or random")
+
+
+class Method(nn.Module):
+    """What a method offers; what it cannot do without raises an error that names it.
+
+    Config: the sections of the config that are the method's own, with a `model` that is a ModelSection.
+    defaults: of shared keys, nested, where the method's differ. renamed: keys of earlier schemas, see engine/config.py.
+    kinds: every kind of map it makes, in the order of tables. best_by: the kind whose validation mIoU picks the best
+    checkpoint.
+    ratio(numerator, count, eps): divides sums by counts in losses; the engine puts one here that counts over all
+    processes, so every process calls it equally often.
+    Integer keys of the config named `*_after`, or in `loss.start_after`, are iterations: the report marks them.
+    """
+
+    Config: ClassVar[type[Section]] = Section
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    renamed: ClassVar[Mapping[str, Any]] = {}
+    kinds: ClassVar[dict[str, MapKind]]
+    best_by: ClassVar[str]
+
+    def __init__(self, config: Any, num_classes: int) -> None:
+        """config: the whole config. num_classes: K, without background."""
+        super().__init__()
+        self.config, self.num_classes, self.ratio = config, num_classes, local_ratio
+
+    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        return self.losses(batch, iteration)
+
+    def losses(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        """Unweighted terms of the objective, fp32 scalars; iteration counts from 0.
+
+        Every parameter gets a gradient in every step.
+        """
+        self._lacks("losses")
+
+    def loss_weights(self, iteration: int) -> dict[str, float]:
+        """The weight of every term: `loss.weights`, 0 until iteration > `loss.start_after`."""
+        loss = self.config.loss
+        start_after = dict(loss.start_after)
+        return {term: weight if iteration > start_after[term] else 0.0 for term, weight in loss.weights}
+
+    def param_groups(self, train: Any) -> list[dict]:
+        """Groups for the optimizer, each with `name`, `params` and `lr`. train: the section of the config."""
+        return [{"name": "all", "params": list(self.parameters()), "lr": train.lr}]
+
+    def maps(self, images: Tensor, kinds: Mapping[str, MapPlan], labels: Tensor | None) -> dict[str, Tensor]:
+        """The maps of every kind at the size of `images`; kinds share the forward passes they can share.
+
+        labels: image-level labels (B, K) for methods whose maps need them; None where there are none.
+        """
+        self._lacks("maps")
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Class logits (B, K)."""
+        self._lacks("classify")
+
+    def load_start_weights(self, weights: dict[str, Tensor]) -> None:
+        """Starts the backbone from the tensors of `model.weights`, by name. Raises UserError where they do not fit."""
+        self._lacks("load_start_weights")
+
+    def compile(self, **options: Any) -> None:
+        """torch.compile of the parts that profit."""
+        self._lacks("compile")
+
+    def from_official(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of this module from a file that the authors released. Raises UserError for another file."""
+        raise UserError(f"no weights of {type(self).__name__}, and it knows no released files")
+
+    @classmethod
+    def recognise(cls, shapes: Mapping[str, tuple[int, ...]]) -> Released | None:
+        """What a released file of this method is, by the shapes of its keys; None for every other file."""
+        return None
+
+    @classmethod
+    def validation_plans(cls, config: Any) -> dict[str, MapPlan]:
+        """How the validation in training makes its maps: by default every kind at scale 1, without flip."""
+        side = config.evaluate.base_size or config.data.crop_size
+        return {kind: MapPlan(side=side, bkg=config.evaluate.bkg) for kind in cls.kinds}
+
+    @classmethod
+    def sure_above(cls, config: Any) -> tuple[float, float]:
+        """(high, low) of exported pseudo masks: a class above high, background below low, 255 in between."""
+        return config.evaluate.bkg, config.evaluate.bkg
+
+    def _lacks(self, name: str) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__} has no `{name}`; model/method.py says what it must do")
