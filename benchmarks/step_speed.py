@@ -26,6 +26,7 @@ from datasets import collate_train
 from datasets.samples import Sample
 from datasets.sets import TrainSet
 from datasets.transforms import build_augmentation, seeded
+from engine.config import load_config
 from engine.distributed import Ranks, barrier, cleanup, setup
 from engine.training.sampler import GlobalBatches
 from engine.training.step import Trainer
@@ -34,7 +35,6 @@ from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncerta
 from model.more.method import MoRe
 from model.pseudo_labels import refined_labels
 from utils.batch import Batch, most_classes
-from engine.config import load_config
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.images import normalize, read_rgb

@@ -13,7 +13,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from engine.evaluation.results import NAMES
+from engine.config import schema_of
+from engine.inference.plan import titles
+from model import METHODS
 from report.charts import (
     LEVELS,
     Curve,
@@ -28,15 +30,17 @@ from report.charts import (
 )
 from report.private import public
 from report.run import Evaluation, Run, default_config, label, number, row_key
+from utils.config import keys
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import voc_palette
 from utils.metrics import Scores
 
 TEMPLATES = Path(__file__).parent / "templates"
-VALIDATED = ("cam", "lam", "fused", "seg")
 COLOURS = 8          # of runs in style.css
+MAP_COLOURS = 6      # of kinds of map
 MISTAKES = 3         # shown for each class
+STARTS = "loss.start_after."   # and a term
 NOT_SETTINGS = ("tag", "output", "resume")   # differ between any two runs
 
 
@@ -44,7 +48,7 @@ class Page:
     """What the template shows. images: how many of the best and worst images of each evaluation, None for all."""
 
     def __init__(self, runs: Sequence[Run], images: int | None = None) -> None:
-        self.runs, self.images, self.default = runs, images, default_config()
+        self.runs, self.images = runs, images
         self.charts: dict[str, dict] = {}
         self.matrices: dict[str, dict] = {}
 
@@ -82,7 +86,7 @@ class Page:
             "charts": self.run_charts(f"r{index}", run, stages), "tenths": tenths(run),
             "smoothing": 2 * reach_of(max((len(s.x) for s in run.metrics.values()), default=0)) + 1,
             "validations": validations(run),
-            "changed": changed(run.config, self.default), "config": [(k, show(v)) for k, v in run.config.items()],
+            "changed": changed(run.config, run.method), "config": [(k, show(v)) for k, v in run.config.items()],
             "starts": [start_of(start) for start in run.starts],
         }
 
@@ -90,7 +94,7 @@ class Page:
         """The scores, classes, confusion and images of one evaluation."""
         rows = [
             {
-                "key": row_key(row), "name": name_of(row_key(row)), "colour": f"map-{row['map']}",
+                "key": row_key(row), "name": name_of(row_key(row), evaluation.method), "colour": colour_of(run, row["map"]),
                 "crf": bool(row.get("crf")), "miou": number(row.get("miou")), "label": label(row), "iou": ious(row),
                 "accuracy": number(row.get("pixel_accuracy")),
             }
@@ -103,7 +107,7 @@ class Page:
             "notes": list(map(code, evaluation.notes)), "classes": class_rows(rows, evaluation),
             "confusion": [self.confusion(f"{key}-{row['key']}", row, evaluation) for row in rows
                           if row["key"] in evaluation.matrices],
-            "images": self.shown_images(evaluation),
+            "images": self.shown_images(run, evaluation),
         }
 
     def confusion(self, key: str, row: dict, evaluation: Evaluation) -> dict:
@@ -113,31 +117,32 @@ class Page:
         return {"key": key, "name": row["name"], "chart": confusion_chart(key, row["name"], matrix, names),
                 "mistakes": mistakes(matrix, names)}
 
-    def shown_images(self, evaluation: Evaluation) -> dict | None:
+    def shown_images(self, run: Run, evaluation: Evaluation) -> dict | None:
         """The best and worst images with their panels as data URIs."""
         if not evaluation.images:
             return None
         content = evaluation.images
         groups = []
         for place in ("best", "worst"):
-            found = [self.image(shown, content, evaluation.folder) for shown in content[place][: self.images]]
+            found = [self.image(shown, run, evaluation) for shown in content[place][: self.images]]
             groups.append({"place": place, "images": found})
         return {
-            "by": name_of(content["ranked_by"]), "groups": groups, "count": len(content["images"]),
+            "by": name_of(content["ranked_by"], evaluation.method), "groups": groups, "count": len(content["images"]),
             "kept": bool(content["best"] or content["worst"]),
         }
 
-    def image(self, shown: dict, content: dict, folder: Path) -> dict:
-        scores = content["scores"].get(shown["name"], {})
+    def image(self, shown: dict, run: Run, evaluation: Evaluation) -> dict:
+        scores = evaluation.images["scores"].get(shown["name"], {})
         palette = voc_palette()
         return {
             "name": shown["name"],
             "scores": [
-                (name_of(key), number(value), f"map-{key.removesuffix('_crf')}") for key, value in scores.items()
+                (name_of(key, evaluation.method), number(value), colour_of(run, key.removesuffix("_crf")))
+                for key, value in scores.items()
             ],
             "classes": [(name, "#{:02x}{:02x}{:02x}".format(*palette[int(i) % 256]))
                         for name, i in shown["classes"].items() if i],
-            "panels": [(panel["caption"], data_uri(folder, panel["file"])) for panel in shown["panels"]],
+            "panels": [(panel["caption"], data_uri(evaluation.folder, panel["file"])) for panel in shown["panels"]],
         }
 
     def chart(self, key: str, name: str, heading: str, note: str, curves: list[Curve], length: int, **more) -> dict:
@@ -148,14 +153,14 @@ class Page:
         """The charts of a run: its terms; the validation; rate and seconds."""
         terms = []
         for term in run.terms:
-            series, starts = run.metrics[f"train/{term}"], run.config.get(f"loss.start_after.{term}")
+            series, starts = run.metrics[f"train/{term}"], run.config.get(f"{STARTS}{term}")
             curve = Curve(term, series.x, series.y, "term", True, [stage.after for stage in stages])
             note = term_note(run, term)
             starts = starts if isinstance(starts, int) else None
             terms.append(self.chart(f"{key}-{term}", term, f"loss term {term}", note, [curve], run.length,
                                     stages=stages, starts=starts))
-        found = [(name, run.metrics[f"val/{name}"]) for name in VALIDATED if f"val/{name}" in run.metrics]
-        curves = [Curve(NAMES[name], series.x, series.y, f"map-{name}") for name, series in found]
+        found = [(kind, run.metrics[f"val/{kind}"]) for kind in run.validated]
+        curves = [Curve(name_of(kind, run.method), series.x, series.y, colour_of(run, kind)) for kind, series in found]
         validation = [
             self.chart(f"{key}-validation", "validation", "mIoU of the validation in training", "mIoU, per cent",
                        curves, run.length, stages=stages, percent=True)
@@ -171,10 +176,10 @@ class Page:
     def compared(self, shown: list[dict]) -> dict:
         """What stands side by side where there are several runs."""
         length = max(run.length for run in self.runs)
-        validated = [f"val/{name}" for name in VALIDATED]
+        methods = {f"val/{kind}": run.method for run in self.runs for kind in run.validated}
         names = dict.fromkeys(
             name for run in self.runs
-            for name in [*(n for n in validated if n in run.metrics), *(f"train/{term}" for term in run.terms)]
+            for name in [*(f"val/{kind}" for kind in run.validated), *(f"train/{term}" for term in run.terms)]
         )
         charts = []
         for name in names:
@@ -184,7 +189,7 @@ class Page:
                       [stage.after for stage in seen["stages"]])
                 for run, seen in zip(self.runs, shown, strict=True) if name in run.metrics
             ]
-            title = metric if kind == "train" else f"{NAMES[metric]}, validation"
+            title = metric if kind == "train" else f"{name_of(metric, methods[name])}, validation"
             note = "loss" if kind == "train" else "mIoU, per cent"
             charts.append(self.chart(f"all-{name}", title, title, note, curves, length, percent=kind == "val"))
         keys = dict.fromkeys(key for run in self.runs for key in run.config if key not in NOT_SETTINGS)
@@ -240,10 +245,15 @@ def code(note: str) -> Markup:
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
-def name_of(key: str) -> str:
-    """`cam_crf` -> CAM, CRF."""
+def name_of(key: str, method: str) -> str:
+    """The title of a row, named `KIND` or `KIND_crf`: that of the kind, with `, CRF` behind it."""
     kind = key.removesuffix("_crf")
-    return NAMES.get(kind, kind) + (", CRF" if key != kind else "")
+    return titles(method).get(kind, kind) + (", CRF" if key != kind else "")
+
+
+def colour_of(run: Run, kind: str) -> str:
+    """The class of the style sheet for a kind of map, the same all over the run."""
+    return f"map-{run.kinds.index(kind) % MAP_COLOURS}" if kind in run.kinds else "map-0"
 
 
 def ious(row: dict) -> dict[str, float | None]:
@@ -286,16 +296,14 @@ def stages_of(run: Run) -> tuple[list[Stage], list[str]]:
     """The boundaries within the run, lettered, and in words those that it does not reach."""
     changes: dict[int, list[str]] = {}
     for key, after in run.config.items():
-        if isinstance(after, int) and after >= 0:
-            if key.startswith("loss.start_after."):
-                changes.setdefault(after, []).append(key.removeprefix("loss.start_after."))
-            elif key == "pseudo_labels.main_cam_after":
-                changes.setdefault(after, []).append("")
+        is_boundary = key.startswith(STARTS) or key.endswith("_after")
+        if is_boundary and isinstance(after, int) and not isinstance(after, bool) and after >= 0:
+            changes.setdefault(after, []).append(key)
     stages, late = [], []
     for after in sorted(changes):
-        terms = [term for term in changes[after] if term]
+        terms = [key.removeprefix(STARTS) for key in changes[after] if key.startswith(STARTS)]
         texts = [f"{', '.join(terms)} start{'s' if len(terms) == 1 else ''} to count"] if terms else []
-        texts += ["token labels come from the main CAM"] if "" in changes[after] else []
+        texts += [f"{key} is passed" for key in changes[after] if not key.startswith(STARTS)]
         if after < run.length:
             stages.append(Stage(after, chr(ord("A") + len(stages) % 26), "; ".join(texts)))
         else:
@@ -305,7 +313,7 @@ def stages_of(run: Run) -> tuple[list[Stage], list[str]]:
 
 def term_note(run: Run, term: str) -> str:
     """Weight and start of a term."""
-    weight, after = run.config.get(f"loss.weights.{term}"), run.config.get(f"loss.start_after.{term}")
+    weight, after = run.config.get(f"loss.weights.{term}"), run.config.get(f"{STARTS}{term}")
     if term == "total":
         return "the weighted sum"
     parts = [f"weight {weight:g}"] if number(weight) is not None else []
@@ -329,18 +337,21 @@ def tenths(run: Run) -> list[tuple[str, list[float | None]]]:
 
 def validations(run: Run) -> dict:
     """The validations of training as a table."""
-    names = [name for name in VALIDATED if f"val/{name}" in run.metrics]
+    names = run.validated
     at = sorted({x for name in names for x in run.metrics[f"val/{name}"].x})
     by_iteration = [dict(zip(run.metrics[f"val/{n}"].x, run.metrics[f"val/{n}"].y, strict=True)) for n in names]
-    return {"names": [NAMES[n] for n in names], "rows": [(x, [values.get(x) for values in by_iteration]) for x in at]}
+    titled = [name_of(name, run.method) for name in names]
+    return {"names": titled, "rows": [(x, [values.get(x) for values in by_iteration]) for x in at]}
 
 
-def changed(config: dict, default: dict) -> list[tuple[str, str, str]]:
-    """(key, value, default) of the keys that differ from configs/default.yaml."""
-    free = tuple(f"{key}." for key, value in default.items() if value == {})   # mappings that take any keys
+def changed(config: dict, method: str) -> list[tuple[str, str, str]]:
+    """(key, value, default) of the keys that differ from the defaults of the method."""
+    default, is_known = default_config(method), method in METHODS
+    free = tuple(f"{name}." for name, _, _ in keys(schema_of(method))) if is_known else ()   # inside of a key's value
 
     def usual(key: str) -> str:
-        return show(default[key]) if key in default else "–" if key.startswith(free) else "no such key today"
+        other = "–" if key.startswith(free) else "no such key today" if is_known else "not known"
+        return show(default[key]) if key in default else other
 
     found = {key: value for key, value in config.items() if key not in default or default[key] != value}
     return [(key, show(value), usual(key)) for key, value in found.items()]

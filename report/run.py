@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from engine.config import DEFAULT_METHOD, RunConfig, load_config, up_to_date
 from engine.evaluation.image_scores import EVALUATIONS
 from engine.evaluation.results import title
+from model import METHODS
+from model.method import MapKind
 from report.private import public
-from utils.config import CONFIGS, leaves
+from utils.config import leaves
 from utils.errors import UserError
 from utils.metrics import Scores
 
@@ -35,7 +38,7 @@ class Series:
 class Evaluation:
     """Rows of results.json that one evaluation made, and what its folder holds.
 
-    matrices: int64 (K+1, K+1) by the name of the row (`cam`, `lam_crf`, ...); images: what images.json says.
+    matrices: int64 (K+1, K+1) by the name of the row (`KIND`, `KIND_crf`); images: what images.json says.
     """
 
     rows: list[dict]
@@ -43,6 +46,10 @@ class Evaluation:
     matrices: dict[str, np.ndarray] = field(default_factory=dict)
     images: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        return method_of(self.rows[0])
 
 
 @dataclass
@@ -64,6 +71,27 @@ class Run:
         weights = [key for key in self.config if key.startswith("loss.weights.")]
         known = [name for name in ("total", *(key.removeprefix("loss.weights.") for key in weights)) if name in names]
         return known + [name for name in names if name not in (*known, *NOT_TERMS)]
+
+    @property
+    def method(self) -> str:
+        """As the config says, else the newest evaluation."""
+        return method_of(next((row for row in (self.config, *self.rows[::-1]) if "method" in row), {}))
+
+    @property
+    def rows(self) -> list[dict]:
+        """Those of all evaluations."""
+        return [row for evaluation in self.evaluations for row in evaluation.rows]
+
+    @property
+    def validated(self) -> list[str]:
+        """What validation scored: the method's kinds of map in their order, then others."""
+        return [kind for kind in self.kinds if f"val/{kind}" in self.metrics]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Every kind of map that the run has: the method's in their order, then others."""
+        found = [name.removeprefix("val/") for name in self.metrics if name.startswith("val/")]
+        return list(dict.fromkeys([*kinds_of(self.method), *found, *(str(row["map"]) for row in self.rows)]))
 
     @property
     def length(self) -> int:
@@ -98,7 +126,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
-    """Values by dotted key, {} where the file cannot be read."""
+    """Values by today's dotted keys, {} where the file cannot be read; those of a later version under their own."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,12 +137,27 @@ def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         notes.append(f"{path.name} cannot be read: the settings and the stages of the losses are not known")
         return {}
-    return dict(leaves(content))
+    try:
+        content = up_to_date(content, f"in {path.name}", method_of(content))
+    except UserError as error:
+        notes.append(str(error))
+    return {key: value for key, value in leaves(content) if key != "schema"}
 
 
-def default_config() -> dict[str, Any]:
-    """configs/default.yaml by dotted key."""
-    return dict(leaves(yaml.safe_load((CONFIGS / "default.yaml").read_text(encoding="utf-8"))))
+def default_config(method: str) -> dict[str, Any]:
+    """The defaults of a method's runs by dotted key; of a method that this version does not know, those of any run."""
+    config = load_config(None, [f"method={method}"]) if method in METHODS else RunConfig()
+    return dict(leaves(config.model_dump(mode="json")))
+
+
+def method_of(settings: Mapping) -> str:
+    """The method of a config or of a row of results.json; early ones do not name theirs."""
+    return str(settings.get("method") or DEFAULT_METHOD)
+
+
+def kinds_of(method: str) -> Mapping[str, MapKind]:
+    """The kinds of map of a method, in the order of tables; none of a method that this version does not know."""
+    return METHODS[method].kinds if method in METHODS else {}
 
 
 def read_metrics(path: Path, notes: list[str]) -> dict[str, Series]:
@@ -174,7 +217,7 @@ def read_evaluations(folder: Path, config: dict[str, Any], notes: list[str]) -> 
 
 
 def row_key(row: Mapping) -> str:
-    """`cam`, or with CRF `cam_crf`: as the files of an evaluation name a row."""
+    """`KIND`, or with CRF `KIND_crf`: as the files of an evaluation name a row."""
     return f"{row['map']}{'_crf' if row.get('crf') else ''}"
 
 
@@ -198,13 +241,15 @@ def evaluate_command(folder: Path, rows: list[dict], config: dict[str, Any]) -> 
     known = rows[0].get("checkpoint") if rows else None
     own = folder / "checkpoints" / Path(str(known or "best.weights.safetensors")).name
     checkpoint = known if known and not own.is_file() else own
-    settings = (f"{key}={json.dumps(value)}" for key, value in _settings(rows).items() if config.get(key) != value)
-    words = ["bash run_evaluate_voc.sh cpu 1", str(checkpoint), *(text.replace('"', "") for text in settings)]
-    return public(" ".join(words))
+    changed = {key: value for key, value in _settings(rows).items() if config.get(key) != value}
+    texts = [f"{key}={json.dumps(value, separators=(',', ':'))}".replace('"', "") for key, value in changed.items()]
+    return public(" ".join(["bash run_evaluate_voc.sh cpu 1", str(checkpoint), *texts]))
 
 
 def _settings(rows: list[dict]) -> dict[str, Any]:
-    """The keys of a config that rows tell of. Those of CAM and LAM are the same for both."""
+    """The keys of a config that rows tell of, those of one evaluation."""
+    if not rows:
+        return {}
     first = {name: row[name] for row in reversed(rows) for name in row if row[name] is not None or name == "input"}
     told = {
         "data.val_split": "split", "evaluate.images": "images", "evaluate.flip": "flip", "evaluate.base_size": "input",
@@ -212,11 +257,12 @@ def _settings(rows: list[dict]) -> dict[str, Any]:
         "evaluate.predict_from": "predicted_from",
     }
     settings = {key: first[name] for key, name in told.items() if name in first}
-    if rows:
-        settings["evaluate.crf"] = any(row.get("crf") for row in rows)
-        scales = (row.get("scales") or () for row in rows if row["map"] in ("cam", "lam"))
-        settings["evaluate.multi_scale"] = any(len(found) > 1 for found in scales)
-    return settings
+    method, maps = method_of(rows[0]), list(dict.fromkeys(str(row["map"]) for row in rows))
+    settings |= {"evaluate.maps": maps, "evaluate.crf": any(row.get("crf") for row in rows)}
+    thresholded = [kind for kind, declared in kinds_of(method).items() if not declared.background]
+    scales = (row.get("scales") or () for row in rows if row["map"] in thresholded)
+    settings["evaluate.multi_scale"] = any(len(found) > 1 for found in scales)
+    return dict(leaves(up_to_date(settings, "in results.json", method)))
 
 
 def _same_evaluation(group: list[dict], row: dict) -> bool:

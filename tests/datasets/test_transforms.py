@@ -3,24 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
+from pydantic import ValidationError
 
+from datasets.config import Data
 from datasets.transforms import build_augmentation, seeded
-from utils.errors import UserError
 from utils.images import normalize
 
 
 def augmentation(name, crop_size=64, resize_range=(0.32, 1.0)):
-    return build_augmentation(
-        OmegaConf.create({"augmentation": name, "crop_size": crop_size, "resize_range": list(resize_range)})
-    )
+    return build_augmentation(Data(augmentation=name, crop_size=crop_size, resize_range=resize_range))
 
 
 def picture(height, width):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", ["voc", "coco"])
+@pytest.mark.parametrize("name", ["resized_crop", "scale_and_pad"])
 @pytest.mark.parametrize("size", [(50, 70), (64, 64), (200, 90), (1, 1), (300, 20)])
 def test_sizes_and_types(name, size):
     for seed in range(8):
@@ -28,10 +26,10 @@ def test_sizes_and_types(name, size):
             crop, valid = augmentation(name)(picture(*size))
         assert crop.shape == (3, 64, 64) and crop.dtype == torch.float32 and torch.isfinite(crop).all()
         assert valid.shape == (64, 64) and valid.dtype == torch.bool
-        assert valid.any() and (name == "coco" or valid.all())
+        assert valid.any() and (name == "scale_and_pad" or valid.all())
 
 
-@pytest.mark.parametrize("name", ["voc", "coco"])
+@pytest.mark.parametrize("name", ["resized_crop", "scale_and_pad"])
 def test_draws_come_from_the_seed(name):
     transform, image = augmentation(name), picture(90, 120)
     crops = []
@@ -55,7 +53,7 @@ def test_the_generator_is_put_back():
 
 
 def test_coco_padding_is_zero_and_marked():
-    transform, image = augmentation("coco", 64, (0.5, 0.5)), np.full((60, 100, 3), 250, np.uint8)
+    transform, image = augmentation("scale_and_pad", 64, (0.5, 0.5)), np.full((60, 100, 3), 250, np.uint8)
     tops = set()
     for seed in range(20):
         with seeded(seed):
@@ -69,7 +67,7 @@ def test_coco_padding_is_zero_and_marked():
 
 def test_coco_crops_where_the_image_is_larger():
     image = picture(80, 64)
-    transform = augmentation("coco", 64, (1.0, 1.0))
+    transform = augmentation("scale_and_pad", 64, (1.0, 1.0))
     transform.jitter = transform.flip = lambda picture: picture
     starts = set()
     for seed in range(30):
@@ -84,7 +82,7 @@ def test_coco_crops_where_the_image_is_larger():
 def test_voc_crop_covers_the_range_of_areas():
     """The crop's area share of a 100 x 100 image, seen through a horizontal ramp, stays within the range."""
     ramp = np.repeat(np.linspace(0, 255, 100).astype(np.uint8)[None, :, None], 100, 0).repeat(3, 2)
-    transform = augmentation("voc", 50, (0.32, 1.0))
+    transform = augmentation("resized_crop", 50, (0.32, 1.0))
     transform.transform.transforms.pop()  # without colour jitter the ramp's span is the crop's width
     spans = []
     for seed in range(60):
@@ -97,6 +95,5 @@ def test_voc_crop_covers_the_range_of_areas():
 
 @pytest.mark.parametrize("change", [{"augmentation": "vox"}, {"crop_size": 0}, {"resize_range": [1.0, 0.5]}])
 def test_bad_settings(change):
-    data = {"augmentation": "voc", "crop_size": 64, "resize_range": [0.32, 1.0]} | change
-    with pytest.raises(UserError, match=next(iter(change))):
-        build_augmentation(OmegaConf.create(data))
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        Data(**change)

@@ -4,45 +4,77 @@
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from datasets import EvalItem
+from engine.config import load_config
 from engine.distributed import Ranks, cleanup
 from engine.evaluation.evaluate import evaluate
-from model.multi_scale import resize
-from utils.config import load_config
+from model import METHODS
+from model.method import Method
+from model.more.config import DEFAULTS, RENAMED, MoReConfig
+from model.more.method import MoRe
+from model.multi_scale import min_max
 from utils.images import normalize
 
 K = 3
 
 
-class FakeMethod(nn.Module):
+class FakeMethod(Method):
     """Maps that are functions of a pixel's colour (c0, c1, c2) alone, in units of the normalised image.
 
     CAM of class k: sigmoid(c_k), 0.9 times that at each scale other than 1; LAM: sigmoid(-c_k).
     Logits: 0.1 of background, c_k of class k, twice that with flip. Class logits: the mean of c_k.
+    Kinds and keys of the config are MoRe's. calls: what `maps` got.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    Config, defaults, renamed = MoReConfig, DEFAULTS, RENAMED
+    kinds, best_by = MoRe.kinds, MoRe.best_by
+
+    def __init__(self, config=None, num_classes=K) -> None:
+        super().__init__(config, num_classes)
         self.calls: list[tuple] = []
 
-    def localize(self, images, kind, scales, flip):
-        self.calls.append((kind, tuple(images.shape[-2:]), tuple(scales), flip, self.training))
-        return {"cam": images, "lam": -images}[kind].sigmoid() * 0.9 ** (len(scales) - 1)
+    def maps(self, images, kinds, labels):
+        self.calls.append((tuple(images.shape), dict(kinds), self.training))
+        return {kind: self.map(images, kind, plan) for kind, plan in kinds.items()}
 
-    def segment(self, images, scales, flip, out_size=None):
-        self.calls.append(("seg", tuple(images.shape[-2:]), tuple(scales), flip, self.training))
-        logits = torch.cat([torch.full_like(images[:, :1], 0.1), images], 1) * (1 + flip)
-        return resize(logits, out_size or images.shape[-2:])
+    def map(self, images, kind, plan):
+        if kind == "fused":
+            return min_max(self.map(images, "cam", plan) * self.map(images, "lam", plan))
+        if kind == "seg":
+            return torch.cat([torch.full_like(images[:, :1], 0.1), images], 1) * (1 + plan.flip)
+        return {"cam": images, "lam": -images}[kind].sigmoid() * 0.9 ** (len(plan.scales) - 1)
 
     def classify(self, images):
         return images.mean((2, 3))
+
+    @classmethod
+    def validation_plans(cls, config):
+        plans = super().validation_plans(config)
+        return plans | {"cam": plans["cam"]._replace(scales=(1.0, 0.5), flip=True), "lam": plans["lam"]._replace(bkg=0.5)}
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Within it the method `fake` of a config is FakeMethod."""
+    METHODS["fake"] = FakeMethod
+    yield
+    del METHODS["fake"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fake_is_known():
+    """For the modules that import it."""
+    with registered():
+        yield
 
 
 class FakeSet:
@@ -67,14 +99,16 @@ class FakeSet:
 
 
 def config(*overrides: str):
-    """The default config without workers, at native size."""
-    return load_config(None, ["data.workers=0", "evaluate.base_size=null", *overrides])
+    """The default config of FakeMethod without workers, at native size."""
+    return load_config(None, ["method=fake", "data.workers=0", "evaluate.base_size=null", *overrides])
 
 
 if __name__ == "__main__":
     rank, world, store, results = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     ranks = Ranks(rank, world, torch.device("cpu"))
-    rows = evaluate(FakeMethod(), FakeSet(5), config(), ranks, "weights", results.with_name(f"{results.name}.{rank}"))
+    own = results.with_name(f"{results.name}.{rank}")
+    with registered():
+        rows = evaluate(FakeMethod(), FakeSet(5), config(), ranks, "weights", own)
     print(repr([row["miou"] for row in rows]))
     cleanup()

@@ -5,11 +5,12 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from engine.config import load_config
 from engine.distributed import Ranks
-from engine.training.train import Trainer
+from engine.training.step import Trainer
 from model import build_method
+from model.method import MapPlan
 from utils.batch import Batch
-from utils.config import load_config
 
 CONFIGS = {"more_voc_dinov2": 14, "more_voc_deit3": 16, "more_voc_clip": 16}
 SMALL = ["model.decoder_channels=16", "pseudo_labels.par_dilations=[1,2]", "pseudo_labels.par_iterations=2"]
@@ -35,7 +36,7 @@ def batch(size):
 @pytest.mark.parametrize("name, patch", CONFIGS.items())
 def test_crops_are_of_whole_patches(name, patch):
     config = load_config(name)
-    scales = (*config.evaluate.seg_scales, *config.evaluate.multi_scales)
+    scales = (*config.evaluate.scales["seg"], *config.evaluate.multi_scales)
     sizes = [config.data.crop_size * scale for scale in config.pseudo_labels.cam_scales]
     sizes += [config.evaluate.base_size * scale for scale in scales]
     assert all(size % patch == 0 for size in sizes) and config.model.weights == "timm"
@@ -63,8 +64,9 @@ def test_a_step_of_training(name, size):
         whole = method.network(data.images[..., : side * patch, : side * patch])
     assert out.patches.shape[-2:] == (side, side)
     torch.testing.assert_close(out.patches, whole.patches)
-    assert method.localize(data.images, "cam", [1.0, 0.5], flip=True).shape == (2, 4, *data.images.shape[-2:])
-    assert method.segment(data.images, [1.0], flip=True).shape == (2, 5, *data.images.shape[-2:])
+    maps = method.maps(data.images, {"cam": MapPlan((1.0, 0.5), flip=True), "seg": MapPlan(flip=True)})
+    assert {kind: values.shape[1] for kind, values in maps.items()} == {"cam": 4, "seg": 5}
+    assert all(values.shape[-2:] == data.images.shape[-2:] for values in maps.values())
 
 
 def test_448_pixels_are_32_patches_of_14():

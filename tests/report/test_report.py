@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config import save_config
 from engine.distributed import Ranks
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.image_scores import ImageScores, new_evaluation, write_evaluation
@@ -19,10 +20,9 @@ from engine.evaluation.results import append_results, score_entries, title
 from report.charts import LEFT, RIGHT, WIDTH, Curve, nice_ticks, running_mean, smoothed
 from report.private import public
 from report.run import read_run, read_runs
-from tests.engine.fake_method import FakeMethod, FakeSet, config
+from tests.engine.fake_method import FakeMethod, FakeSet, config, fake_is_known  # noqa: F401
 from tests.report.chromium import PROGRAM, Chromium
 from tools.report import main
-from utils.config import save_config
 from utils.errors import UserError
 from utils.metrics import Scores
 
@@ -219,7 +219,7 @@ def test_curves_are_those_of_the_metrics(made, page):
             np.testing.assert_allclose(heights, slope * values + offset, atol=0.06)
     assert page.data["charts"]["r0-validation"]["lines"][1] == {"name": "LAM", "x": [399], "y": [0.25]}
     assert "after iteration 100: seg starts to count" in page.text
-    assert "after iteration 200: token labels come from the main CAM" in page.text
+    assert "after iteration 200: pseudo_labels.main_cam_after is passed" in page.text
 
 
 def test_a_resumed_run_has_no_point_twice(tmp_path):
@@ -360,7 +360,7 @@ def many_classes(folder: Path) -> Path:
         matrix[5] = 0
         matrices[row] = matrix
     name = new_evaluation(run)
-    write_evaluation(run, name, matrices, names[1:], ImageScores(list(matrices), 0))
+    write_evaluation(run, name, matrices, names[1:], ImageScores(plan, "seg", 0))
     for (kind, crf), matrix in matrices.items():
         rows.append({
             "map": kind, "dataset": "coco", "split": "val", "images": 5000, "scales": [1.0], "flip": True, "crf": crf,

@@ -12,8 +12,8 @@ from pycocotools.coco import COCO
 from datasets import build_train_set, build_val_set
 from datasets.coco import CLASSES
 from datasets.prepare import coco
+from engine.config import load_config
 from tools import prepare_coco
-from utils.config import load_config
 from utils.errors import UserError
 
 IDS = [*range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70, *range(72, 83), *range(84, 91)]

@@ -11,11 +11,11 @@ from PIL import Image
 
 from engine.launch import run_script
 from datasets import build_train_set, build_val_set
+from engine.config import load_config, split_config
 from engine.distributed import Ranks
 from engine.training.train import train
 from tests import tiny
 from tools import prepare_folder
-from utils.config import load_config, split_config
 from utils.errors import UserError
 
 SIZE = (12, 16)  # height, width

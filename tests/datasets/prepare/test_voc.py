@@ -22,9 +22,9 @@ from datasets.onehot import read_onehot
 from datasets.prepare import voc
 from datasets.prepare.sources import Blob
 from datasets.voc import CLASSES
+from engine.config import load_config
 from tests.datasets.prepare import devkit
 from tools import prepare_voc
-from utils.config import load_config
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -3,39 +3,37 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.measure import Counter
 from torch import nn
 
 from benchmarks.baselines.plain_step import PlainMoRe
-from benchmarks.step_speed import Counter
 from bilateralfilter import bilateral_filter
+from engine.config import load_config
 from engine.distributed import Ranks
-from engine.training.train import Trainer
+from engine.training.step import Trainer
 from model import build_method
+from model.method import Method
 from utils.batch import Batch
-from utils.config import load_config
 from utils.errors import UserError
 
 
-class Method(nn.Module):
-    """Two terms: (x - 1)^2 and (x - 3)^2."""
+class TwoTerms(Method):
+    """(x - 1)^2 and (x - 3)^2."""
 
     def __init__(self, weights):
-        super().__init__()
+        super().__init__(None, 1)
         self.x, self.weights = nn.Parameter(torch.zeros(())), weights
 
-    def forward(self, batch, iteration):
+    def losses(self, batch, iteration):
         return {"one": (self.x - 1) ** 2, "three": (self.x - 3) ** 2}
 
     def loss_weights(self, iteration):
         return self.weights
 
-    def param_groups(self, lr):
-        return [{"name": "all", "params": [self.x], "lr": lr}]
-
 
 def trainer(weights):
     config = load_config("more_shapes", ["train.lr=0.1", "train.warmup_iterations=1", "train.weight_decay=0.0"])
-    return Trainer(Method(weights), config, Ranks(0, 1, torch.device("cpu")))
+    return Trainer(TwoTerms(weights), config, Ranks(0, 1, torch.device("cpu")))
 
 
 BATCH = Batch(["a"], torch.zeros(1, 3, 8, 8), torch.zeros(1, 6), torch.ones(1, 8, 8, dtype=torch.bool), torch.zeros(1))
