@@ -12,8 +12,8 @@ import torch
 from engine.launch import DEVICE, run_script
 from datasets.voc import CLASSES
 from engine.checkpoints.files import WEIGHTS, save_weights
+from engine.config import load_config, portable
 from model import build_method
-from utils.config import load_config, portable
 
 ROOT = Path(__file__).resolve().parents[1]
 ITERATIONS = 6
@@ -23,7 +23,7 @@ SETTINGS = [
     "data.crop_size=64", "data.workers=0", "train.batch_size=4", f"train.iterations={ITERATIONS}",
     "train.warmup_iterations=2", "train.lr=1e-3", "train.log_every=1", "train.checkpoint_every=3",
     f"train.validate_every={ITERATIONS}", f"train.picture_every={ITERATIONS}", "pseudo_labels.main_cam_after=3",
-    "loss.start_after.seg=1", "loss.start_after.energy=1", "evaluate.base_size=64", "evaluate.seg_scales=[1.0]",
+    "loss.start_after.seg=1", "loss.start_after.energy=1", "evaluate.base_size=64", "evaluate.scales.seg=[1.0]",
 ]
 
 _forks = multiprocessing.get_context("forkserver")   # its processes begin with the scripts' imports done
