@@ -94,9 +94,9 @@ class Page:
         """The scores, classes, confusion and images of one evaluation."""
         rows = [
             {
-                "key": row_key(row), "name": name_of(row_key(row), evaluation.method), "colour": colour_of(run, row["map"]),
-                "crf": bool(row.get("crf")), "miou": number(row.get("miou")), "label": label(row), "iou": ious(row),
-                "accuracy": number(row.get("pixel_accuracy")),
+                "key": row_key(row), "name": name_of(row_key(row), evaluation.method), "label": label(row),
+                "colour": colour_of(run, row["map"]), "crf": bool(row.get("crf")), "iou": ious(row),
+                "miou": number(row.get("miou")), "accuracy": number(row.get("pixel_accuracy")),
             }
             for row in evaluation.rows
         ]

@@ -7,12 +7,16 @@ Several runs are compared. What a folder lacks, and what cannot be read, is said
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from engine.launch import run_script
-from report.page import write_page
-from report.run import read_runs
-from utils.errors import UserError
+if __name__ == "__main__":   # Python looks in this folder first, where this file hides the package `report`
+    sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
+from engine.launch import run_script  # noqa: E402
+from report.page import write_page  # noqa: E402
+from report.run import read_runs  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 
 
 def main(argv: list[str]) -> None:

@@ -59,7 +59,9 @@ class FakeMethod(Method):
     @classmethod
     def validation_plans(cls, config):
         plans = super().validation_plans(config)
-        return plans | {"cam": plans["cam"]._replace(scales=(1.0, 0.5), flip=True), "lam": plans["lam"]._replace(bkg=0.5)}
+        plans["cam"] = plans["cam"]._replace(scales=(1.0, 0.5), flip=True)
+        plans["lam"] = plans["lam"]._replace(bkg=0.5)
+        return plans
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from engine.distributed import Ranks
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.image_scores import ImageScores, new_evaluation, write_evaluation
 from engine.evaluation.results import append_results, score_entries, title
+from engine.inference.plan import evaluation_plan
 from report.charts import LEFT, RIGHT, WIDTH, Curve, nice_ticks, running_mean, smoothed
 from report.private import public
 from report.run import read_run, read_runs
@@ -359,7 +360,7 @@ def many_classes(folder: Path) -> Path:
         matrix = rng.integers(0, 50, (81, 81)) ** 4 // 10**4 + np.diag(rng.integers(0, 9000, 81))
         matrix[5] = 0
         matrices[row] = matrix
-    name = new_evaluation(run)
+    name, plan = new_evaluation(run), evaluation_plan(config())
     write_evaluation(run, name, matrices, names[1:], ImageScores(plan, "seg", 0))
     for (kind, crf), matrix in matrices.items():
         rows.append({

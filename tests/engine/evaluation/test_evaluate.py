@@ -99,12 +99,13 @@ def test_a_value_at_the_threshold_is_background():
 def test_crf_starts_from_background_and_present_maps():
     item = FakeSet(2)[1]
     settings = config("evaluate.crf=true", "crf.iterations=3")
+    parameters = settings.crf.model_dump()
     prediction = predict(FakeMethod(), item.image, item.labels, evaluation_plan(settings))
     cam, image = item.image.sigmoid().numpy(), to_uint8(item.image)
     chosen = cam[[0, 2]]
-    refined = dense_crf(image, torch.from_numpy(np.stack([1 - chosen.max(0), *chosen])), **settings.crf.model_dump()).numpy()
+    refined = dense_crf(image, torch.from_numpy(np.stack([1 - chosen.max(0), *chosen])), **parameters).numpy()
     np.testing.assert_array_equal(prediction.labels["cam", True], np.array([0, 1, 3])[refined.argmax(0)])
-    refined = dense_crf(image, (prediction.maps["seg"]).softmax(0), **settings.crf.model_dump()).numpy()
+    refined = dense_crf(image, (prediction.maps["seg"]).softmax(0), **parameters).numpy()
     np.testing.assert_array_equal(prediction.labels["seg", True], refined.argmax(0))
     without = FakeSet(4)[3]   # an image without a label
     labels = predict(FakeMethod(), without.image, without.labels, evaluation_plan(settings)).labels
