@@ -37,7 +37,7 @@ class PlainMoRe(MoRe):
         out = plain_forward(self.network, batch.images, maps)
         pseudo = self.pseudo_labels(cams, batch, out.patches.shape[-2:], iteration)
         logits = F.interpolate(out.seg_logits, batch.images.shape[-2:], mode="bilinear", align_corners=False)
-        c = self.loss_config
+        c = self.config.loss
         tokens = [
             plain_samples(label, order, c.uncertain_tokens)
             for label, order in zip(pseudo["uncertain"], self._orders(batch, out.patches), strict=True)
@@ -54,10 +54,10 @@ class PlainMoRe(MoRe):
         }
 
     @torch.no_grad()
-    def _all_cams(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _all_cams(self, images: Tensor) -> dict[str, Tensor]:
         """CAM and auxiliary CAM: image and flip in one batch at every scale."""
         size, total = images.shape[-2:], [0, 0]
-        for scale in [1.0, *(s for s in self.labels_config.cam_scales if s != 1.0)]:
+        for scale in [1.0, *(s for s in self.config.pseudo_labels.cam_scales if s != 1.0)]:
             shape = [int(scale * side) for side in size]
             scaled = F.interpolate(images, shape, mode="bilinear", align_corners=False) if scale != 1 else images
             _, patches, aux = plain_features(self.network.backbone, torch.cat([scaled, scaled.flip(-1)]))
@@ -65,11 +65,11 @@ class PlainMoRe(MoRe):
                 maps = F.interpolate(coarse, size, mode="bilinear", align_corners=False)
                 straight, mirrored = maps.chunk(2)
                 total[index] = total[index] + torch.maximum(straight, mirrored.flip(-1)).relu()
-        return tuple(min_max(maps) for maps in total)
+        return dict(zip(("cam", "cam_aux"), map(min_max, total), strict=True))
 
     @torch.no_grad()
     def _pixel_labels(self, cam: Tensor, batch: Batch, image: Tensor) -> Tensor:
-        c = self.labels_config
+        c = self.config.pseudo_labels
         return torch.stack([
             plain_pixel_labels(*one, c.high, c.low, c.par_dilations, c.par_iterations)
             for one in zip(cam, batch.labels, image, strict=True)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import benchmark
+from benchmarks import benchmark, filter_and_crf
+from benchmarks.measure import load_images, load_plain_filter
 from bilateralfilter import bilateral_filter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +65,8 @@ def test_what_cannot_be_measured_is_said(tmp_path):
     """pydensecrf that is not installed, in one table with our own times; a GPU that is not there."""
     (tmp_path / "pydensecrf.py").write_text("raise ImportError")
     tiny = ["--sizes", "24x30x5", "--batch", "1", "--repeats", "1"]
-    without = run("crf", *tiny, PYTHONPATH=str(tmp_path))
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    without = run("crf", *tiny, PYTHONPATH=paths)
     [cells] = table(without.stdout, "crf")
     absent = "not measured"
     assert cells[3] == cells[6] == cells[7] == cells[9] == absent
@@ -87,20 +89,17 @@ def test_mistakes(tmp_path, capsys):
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
 def test_other_results_are_an_error(monkeypatch, wrong):
-    monkeypatch.setattr(benchmark, "bilateral_filter", lambda *inputs: bilateral_filter(*inputs) * (1 + wrong))
+    monkeypatch.setattr(filter_and_crf, "bilateral_filter", lambda *inputs: bilateral_filter(*inputs) * (1 + wrong))
     with pytest.raises(SystemExit, match="bilateral: ours and plain C.. differ by"):
         benchmark.main(["bilateral", "--sizes", "9x8x2", "--batch", "1", "--repeats", "1", "--threads", "1"])
 
 
 def test_crf_leaves_out_the_largest_cases_by_default(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "measure", lambda *given: {})
-    monkeypatch.setattr(benchmark, "crf_rivals", None)
-    run_crf = benchmark.functools.partial(
-        benchmark.compare, "crf", "pydensecrf", lambda images, channels, device: None, 4 * 8 * 8 * 3
-    )
-    monkeypatch.setitem(benchmark.BENCHMARKS, "crf", run_crf)
+    monkeypatch.setattr(filter_and_crf, "measure", lambda *given: {})
+    monkeypatch.setattr(filter_and_crf, "crf_rivals", lambda images, channels, device: None)
+    monkeypatch.setattr(filter_and_crf, "CRF_VALUES", 4 * 8 * 8 * 3)
     prepared = []
-    monkeypatch.setattr(benchmark, "load_images", lambda folder, batch, *size: prepared.append(batch))
+    monkeypatch.setattr(filter_and_crf, "load_images", lambda folder, batch, *size: prepared.append(batch))
     benchmark.main(["crf", "--sizes", "8x8x3"])
     assert prepared == [1, 4]
     benchmark.main(["crf", "--sizes", "8x8x3", "--batch", "8"])
@@ -111,15 +110,15 @@ def test_images_of_a_folder(tmp_path):
     for name, value in (("b.JPG", 200), ("a.png", 100)):
         cv2.imwrite(str(tmp_path / name), np.full((20, 30, 3), value, np.uint8))
     (tmp_path / "c.txt").touch()
-    images = benchmark.load_images(tmp_path, 3, 7, 9)
+    images = load_images(tmp_path, 3, 7, 9)
     assert images.shape == (3, 3, 7, 9) and images.dtype == torch.uint8
     assert [int(image.min()) for image in images] == [int(image.max()) for image in images] == [100, 200, 100]
 
 
 def test_crf_probabilities_leave_no_class_out(monkeypatch):
     given = []
-    monkeypatch.setattr(benchmark, "DenseCRF", lambda **parameters: lambda *inputs: given.append(inputs))
-    benchmark.crf_rivals(torch.zeros(1, 3, 40, 50, dtype=torch.uint8), 21, "cpu").ours()
+    monkeypatch.setattr(filter_and_crf, "DenseCRF", lambda **parameters: lambda *inputs: given.append(inputs))
+    filter_and_crf.crf_rivals(torch.zeros(1, 3, 40, 50, dtype=torch.uint8), 21, "cpu").ours()
     [(_, prob)] = given
     assert (prob.amax((0, 2, 3)) > 1e-5).all()
 
@@ -136,13 +135,13 @@ def test_plain_filter_equals_ours(size, sigmas, tolerance):
     for _ in range(5):
         images = torch.rand(2, 3, *size) * 255
         maps = torch.randn(2, 5, *size)
-        plain = benchmark.load_plain_filter()(images, maps, *sigmas)
+        plain = load_plain_filter()(images, maps, *sigmas)
         ours = bilateral_filter(images, maps, *sigmas)
         assert (ours - plain).abs().max() <= tolerance * plain.abs().max()
 
 
 def test_plain_filter_is_linear_and_refuses_other_sizes():
-    plain = benchmark.load_plain_filter()
+    plain = load_plain_filter()
     images, maps = torch.rand(1, 3, 6, 5) * 255, torch.rand(1, 2, 6, 5)
     torch.testing.assert_close(plain(images, 2 * maps, 15.0, 50.0), 2 * plain(images, maps, 15.0, 50.0))
     with pytest.raises(ValueError, match="the sizes differ"):

@@ -1,16 +1,16 @@
 """Multi-scale maps, PAR, thresholds and refined labels against slow, obvious loops."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model.multi_scale import localization_maps, min_max, segmentation_logits
+from benchmarks.baselines.plain_maps import plain_localization, plain_segmentation
+from model.method import MapPlan
+from model.multi_scale import LARGEST, SUM, SUM_OF_POSITIVE, fused_maps, min_max
 from model.par import par_affinity, par_refine
 from model.pseudo_labels import refined_labels, threshold, valid_tokens
-
-
-def resized(x, size):
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def coarse(images):
@@ -20,31 +20,59 @@ def coarse(images):
     return torch.stack([pooled[:, 0] * ramp, pooled[:, 1] - 0.1], 1)
 
 
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("flip", [True, False])
-def test_localization_maps(relu, flip):
-    images = torch.randn(2, 3, 24, 32)
-    total = torch.zeros(2, 2, 24, 32)
-    for scale in (0.5, 1.0, 1.5):
-        scaled = resized(images, (int(24 * scale), int(32 * scale)))
-        maps = resized(coarse(scaled), (24, 32))
-        if flip:
-            maps = torch.maximum(maps, resized(coarse(scaled.flip(-1)), (24, 32)).flip(-1))
-        total += maps.relu() if relu else maps
-    expected = (total - total.amin((2, 3), True)) / (total.amax((2, 3), True) - total.amin((2, 3), True) + 1e-5)
-    for scales in ([0.5, 1.5], [1.5, 1.0, 0.5]):   # scale 1 is always there, once
-        (ours,) = localization_maps(images, lambda x: (coarse(x),), scales, flip, relu)
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+def scores(images):
+    return F.pad(coarse(images), (0, 0, 0, 0, 1, 0))   # with a background
 
 
-def test_segmentation_logits():
-    images = torch.randn(1, 3, 24, 32)
-    fused = []
-    for scale in (1.0, 1.25):
-        scaled = resized(images, (int(24 * scale), int(32 * scale)))
-        fused.append(resized(coarse(scaled), (20, 30)) + resized(coarse(scaled.flip(-1)), (20, 30)).flip(-1))
-    ours = segmentation_logits(images, coarse, (1.0, 1.25), True, (20, 30))
-    torch.testing.assert_close(ours, torch.maximum(*fused))
+NETWORK = {"cam": coarse, "lam": lambda images: -coarse(images), "seg": scores}
+
+
+FUSIONS = {"cam": SUM_OF_POSITIVE, "lam": SUM, "seg": LARGEST}
+PLAIN = {"cam": partial(plain_localization, positive=True), "lam": plain_localization, "seg": plain_segmentation}
+PLANS = {
+    "one of all": dict.fromkeys(FUSIONS, MapPlan((1.0, 0.5, 1.5))),
+    "other scales": {"cam": MapPlan((1.0, 0.5)), "lam": MapPlan((1.5, 1.0, 0.5)), "seg": MapPlan((0.5, 1.25))},
+    "not scale 1": {"cam": MapPlan((0.5,)), "seg": MapPlan((1.5,))},
+    "other sides": {"cam": MapPlan((0.75, 1.0), side=32), "lam": MapPlan((1.5, 2.0), side=16), "seg": MapPlan(side=32)},
+}
+
+
+@pytest.mark.parametrize("flips", [(), ("cam", "lam", "seg"), ("lam",)])
+@pytest.mark.parametrize("side", [None, 20, 24])
+@pytest.mark.parametrize("name", PLANS)
+def test_fused_maps(name, side, flips):
+    """Kinds that share their inputs are what each of them is by itself."""
+    images, calls = torch.randn(2, 3, 24, 32), []
+    plans = {k: plan._replace(side=plan.side or side, flip=k in flips) for k, plan in PLANS[name].items()}
+
+    def coarse_maps(inputs, kinds):
+        calls.append((tuple(inputs.shape[-2:]), *kinds))
+        return {kind: NETWORK[kind](inputs) for kind in kinds}
+
+    ours = fused_maps(images, {kind: (plan, FUSIONS[kind]) for kind, plan in plans.items()}, coarse_maps)
+    assert list(ours) == list(plans)
+    for kind, plan in plans.items():
+        torch.testing.assert_close(ours[kind], PLAIN[kind](NETWORK[kind], images, plan), rtol=0, atol=1e-5)
+    if name == "one of all":   # the segmentation's squares are made from the image itself, the others' from a square
+        assert len(calls) == (3 if side is None else 5)
+
+
+def test_maps_that_are_known_are_not_made_again():
+    images, made = torch.randn(2, 3, 24, 32), []
+
+    def coarse_maps(inputs, kinds):
+        made.append(inputs)
+        return {kind: NETWORK[kind](inputs) for kind in kinds}
+
+    for flip in (False, True):
+        kinds = {kind: (MapPlan((1.0, 0.5), flip=flip), FUSIONS[kind]) for kind in ("cam", "lam")}
+        known = coarse_maps(images, kinds)
+        made.clear()
+        ours = fused_maps(images, kinds, coarse_maps, known)
+        assert not any(inputs.shape == images.shape and torch.equal(inputs, images) for inputs in made)
+        assert sum(len(inputs) for inputs in made) == (2 + 4 if flip else 2)   # mirrors, and both at the other scale
+        for kind, maps in fused_maps(images, kinds, coarse_maps).items():
+            torch.testing.assert_close(ours[kind], maps, rtol=0, atol=1e-6)
 
 
 def test_min_max_of_a_constant_map():

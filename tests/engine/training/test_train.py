@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.measure import Counter
 from torch import nn
 
 from benchmarks.baselines.plain_step import PlainMoRe
+from benchmarks.measure import Counter
 from bilateralfilter import bilateral_filter
 from engine.config import load_config
 from engine.distributed import Ranks

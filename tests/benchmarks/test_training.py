@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import step_speed
+from benchmarks.measure import Counter
 from tests.benchmarks.test_benchmark import run
 
 TINY = ["--batch", "2", "--crop", "128", "--backbone", "vit_tiny_patch16_224", "--repeats", "1"]
@@ -20,7 +20,8 @@ def written(tmp_path_factory):
     noise = np.random.default_rng(0)
     for index in range(3):
         cv2.imwrite(str(folder / f"{index}.jpg"), noise.integers(0, 256, (90, 120, 3), dtype=np.uint8))
-    output = run("step", "parts", "data", *TINY, "--threads", "1", "--images", folder, "--json", folder / "b.json")
+    options = [*TINY, "--threads", "1", "--images", folder, "--json", folder / "b.json"]
+    output = run("step", "parts", "evaluate", "data", *options)
     return output.stdout, json.loads((folder / "b.json").read_text())["rows"]
 
 
@@ -57,6 +58,13 @@ def test_parts(written):
     assert parts["uncertain"]["operators"] <= 80
 
 
+def test_evaluate(written):
+    output, rows = written
+    (row,) = (row for row in rows if row["benchmark"] == "evaluate")
+    assert set(row["seconds"]) == {"plain", "ours"} and row["ratio"] > 0 and row["difference"] < 1e-4
+    assert f"{row['ratio']:.2f} times as fast" in output
+
+
 def test_data(written):
     output, rows = written
     (row,) = (row for row in rows if row["benchmark"] == "data")
@@ -77,14 +85,14 @@ def test_data_needs_images():
 
 
 def test_no_gpu_is_said(tmp_path):
-    run("step", "--device", "cuda", "--json", tmp_path / "g.json", CUDA_VISIBLE_DEVICES="")
-    (row,) = json.loads((tmp_path / "g.json").read_text())["rows"]
-    assert row["measured"] is False and "seconds" not in row
+    run("step", "evaluate", "--device", "cuda", "--json", tmp_path / "g.json", CUDA_VISIBLE_DEVICES="")
+    rows = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert len(rows) == 2 and all(row["measured"] is False and "seconds" not in row for row in rows)
 
 
 def test_the_counter_tells_views_and_reads():
     x = torch.arange(6.0)
-    with step_speed.Counter() as counter:
+    with Counter() as counter:
         x.view(2, 3)[:, 1:].transpose(0, 1)
         assert counter.operators == 0
         int((x * 2).sum())

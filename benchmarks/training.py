@@ -11,22 +11,32 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines import plain_step
+from benchmarks.measure import (
+    CLASSES,
+    Counter,
+    batch_of,
+    image_files,
+    interleaved,
+    load_images,
+    load_plain_filter,
+    median_ratio,
+    seconds_of,
+)
 from datasets import collate_train
 from datasets.samples import Sample
 from datasets.sets import TrainSet
 from datasets.transforms import build_augmentation, seeded
-from engine.config import load_config
+from engine.config import RunConfig, load_config
 from engine.distributed import Ranks, barrier, cleanup, setup
 from engine.training.sampler import GlobalBatches
 from engine.training.step import Trainer
@@ -34,63 +44,36 @@ from model.losses.ratio import local_ratio
 from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
 from model.more.method import MoRe
 from model.pseudo_labels import refined_labels
-from utils.batch import Batch, most_classes
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.images import normalize, read_rgb
+from utils.images import read_rgb
 
 ALLOWED_DIFFERENCE = {"fp32": 1e-3, "bf16": 5e-2}   # of a loss term, relative to the total: two formulations in float32
 LATE = 12_000   # an iteration at which every term has a weight and token labels come from the main CAM
-CLASSES = 20
-HOST_READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten.unique")
 
 
-class Counter(TorchDispatchMode):
-    """Counts operators: `operators`, those that compute (views are none), and `host_reads`, which wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators = self.host_reads = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operators += not function.is_view
-        self.host_reads += str(function).startswith(HOST_READS)
-        return function(*args, **(kwargs or {}))
 
 
-def step_config(options: argparse.Namespace, precision: str) -> DictConfig:
+
+def step_config(options: argparse.Namespace, precision: str) -> RunConfig:
     overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"train.precision={precision}"]
     return load_config("more_voc", [*overrides, f"data.crop_size={options.crop}"])
 
 
-def step_batch(images: Tensor, device: str) -> Batch:
-    """uint8 images (B, 3, H, W) with one to three classes each, in turn."""
-    normal = torch.stack([normalize(image.permute(1, 2, 0).numpy()) for image in images])
-    labels = torch.zeros(len(images), CLASSES)
-    for index in range(len(images)):
-        labels[index, [(7 * index + 3 * k) % CLASSES for k in range(1 + index % 3)]] = 1
-    valid = torch.ones(len(images), *images.shape[2:], dtype=torch.bool)
-    batch = Batch([""] * len(images), normal, labels, valid, torch.arange(len(images)), most_classes(labels))
-    return batch.to(torch.device(device))
 
 
-def make_trainer(config: DictConfig, plain: bool, device: str) -> Trainer:
+
+def make_trainer(config: RunConfig, plain: bool, device: str) -> Trainer:
     """A trainer in the last stage. plain: with the plainly formulated losses and AdamW parameter by parameter."""
     torch.manual_seed(0)
     method = (plain_step.PlainMoRe if plain else MoRe)(config, CLASSES).to(device).train()
     trainer = Trainer(method, config, Ranks(0, 1, torch.device(device)))
     trainer.iteration = LATE
     if plain:
-        method.host_filter = _host_filter()
+        method.host_filter = load_plain_filter()
         for group in trainer.optimizer.param_groups:
             group.update(fused=False, foreach=False)
     return trainer
-
-
-def _host_filter() -> plain_step.Filter:
-    from benchmarks.benchmark import load_plain_filter
-
-    return load_plain_filter()
 
 
 @contextmanager
@@ -166,7 +149,7 @@ def measure_step(options: argparse.Namespace, batch: int, precision: str) -> dic
     row["phases"] = {phase: statistics.median(turn["ours"]["phases"][phase] for turn in turns) for phase in phases}
     row["peak_gb"] = {name: worker.close() for name, worker in workers.items()}
     if "plain" in workers:
-        row["ratio"] = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
+        row["ratio"] = median_ratio(times["plain"], times["ours"])
         ours, plain = first["ours"]["terms"], first["plain"]["terms"]
         row["difference"] = max(abs(ours[name] - plain[name]) for name in plain) / abs(plain["total"])
     row["matmul_flops"] = matmul_rate(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -178,7 +161,7 @@ class StepWorker:
     """A process that trains: one step for every line it gets, one line of JSON for every step, the peak at the end."""
 
     def __init__(self, given: dict) -> None:
-        command = [sys.executable, "-c", "import benchmarks.step_speed as s; s.work()", json.dumps(given)]
+        command = [sys.executable, "-c", "import benchmarks.training as s; s.work()", json.dumps(given)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, cwd=ROOT, **pipes)
 
@@ -204,11 +187,9 @@ class StepWorker:
 
 def work() -> None:
     """The process of a `StepWorker`."""
-    from benchmarks.benchmark import load_images
-
     options = argparse.Namespace(**json.loads(sys.argv[1]))
     folder = Path(options.images) if options.images else None
-    given = step_batch(load_images(folder, options.batch, options.crop, options.crop), options.device)
+    given = batch_of(load_images(folder, options.batch, options.crop, options.crop), options.device)
     trainer = make_trainer(step_config(options, options.precision), options.plain, options.device)
     cuda = options.device == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
@@ -276,15 +257,11 @@ def parts(options: argparse.Namespace) -> list[dict]:
             apart = (result - rivals[1]()).detach()   # of labels: the share that differs
             difference = float((apart.abs() if apart.is_floating_point() else apart != 0).double().mean())
             ours, plain = (_with_gradient(call) for call in rivals)
-            times: dict[str, list[float]] = {"ours": [], "plain": []}
-            for _ in range(options.repeats or 9):
-                for run, call in (("plain", plain), ("ours", ours)):
-                    begin = time.perf_counter()
-                    call()
-                    if options.device == "cuda":
-                        torch.cuda.synchronize()
-                    times[run].append(time.perf_counter() - begin)
-            ratio = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
+            timers = {
+                run: partial(seconds_of, call, options.device) for run, call in (("plain", plain), ("ours", ours))
+            }
+            times = interleaved(timers, options.repeats or 9)
+            ratio = median_ratio(times["plain"], times["ours"])
             row = {"benchmark": "parts", "part": name, "batch": batch, "crop": options.crop, "ratio": ratio}
             row |= {"seconds": {run: statistics.median(spent) for run, spent in times.items()}}
             row |= {"operators": counter.operators, "host_reads": counter.host_reads, "difference": difference}
@@ -297,9 +274,7 @@ def parts(options: argparse.Namespace) -> list[dict]:
 
 def part_rivals(options: argparse.Namespace, batch: int, side: int) -> dict[str, tuple[Callable, Callable]]:
     """name -> (ours, plain), each a call that returns what is compared."""
-    from benchmarks.benchmark import load_images
-
-    given = step_batch(load_images(options.images, batch, options.crop, options.crop), options.device)
+    given = batch_of(load_images(options.images, batch, options.crop, options.crop), options.device)
     c, device = load_config("more_voc").pseudo_labels, options.device
     torch.manual_seed(0)
     cam = F.interpolate(torch.rand(batch, CLASSES, side, side), options.crop, mode="bilinear").to(device)
@@ -350,13 +325,10 @@ def _with_gradient(call: Callable[[], Tensor]) -> Callable[[], None]:
 
 def data(options: argparse.Namespace) -> list[dict]:
     """Images a second that the training data set makes: decoding and augmentation alone, then through its loader."""
-    from benchmarks.benchmark import load_images
-
     if options.images is None:
         raise UserError("data needs --images FOLDER, real images: what they cost to decode is the question")
-    load_images(options.images, 1, 8, 8)   # says what is wrong with the folder
     config = load_config("more_voc", [f"data.crop_size={options.crop}"])
-    paths = sorted(p for p in options.images.glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    paths = image_files(options.images)
     augment = build_augmentation(config.data)
     samples = [Sample(path.stem, path, None) for path in paths]
     train_set = TrainSet(samples, lambda sample: torch.zeros(CLASSES), tuple(map(str, range(CLASSES))), augment)
@@ -407,7 +379,7 @@ def processes_step(options: argparse.Namespace, batch: int, world: int) -> float
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "repeats": options.repeats or 3}
-    command = [sys.executable, "-c", "import benchmarks.step_speed as s; s.report_step()", json.dumps(given)]
+    command = [sys.executable, "-c", "import benchmarks.training as s; s.report_step()", json.dumps(given)]
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WSSS_DEVICE": "cpu"}
     runs = [
         subprocess.Popen(
@@ -423,8 +395,6 @@ def processes_step(options: argparse.Namespace, batch: int, world: int) -> float
 
 def report_step() -> None:
     """Prints the seconds of a step; in the processes that `processes_step` starts."""
-    from benchmarks.benchmark import load_images
-
     options = argparse.Namespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
     ranks = setup()
@@ -433,7 +403,7 @@ def report_step() -> None:
     config = load_config("more_voc", overrides)
     trainer = Trainer(MoRe(config, CLASSES).train(), config, ranks)
     trainer.iteration = LATE
-    given = step_batch(load_images(None, options.batch, options.crop, options.crop), "cpu")
+    given = batch_of(load_images(None, options.batch, options.crop, options.crop), "cpu")
     trainer.step(given)
     spent = []
     for _ in range(options.repeats):
