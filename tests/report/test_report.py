@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from engine.config import save_config
+from engine.config import DEFAULT_METHOD, load_config, save_config
 from engine.distributed import Ranks
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.image_scores import ImageScores, new_evaluation, write_evaluation
@@ -20,7 +21,7 @@ from engine.evaluation.results import append_results, score_entries, title
 from engine.inference.plan import evaluation_plan
 from report.charts import LEFT, RIGHT, WIDTH, Curve, nice_ticks, running_mean, smoothed
 from report.private import public
-from report.run import read_run, read_runs
+from report.run import evaluate_command, read_run, read_runs
 from tests.engine.fake_method import FakeMethod, FakeSet, config, fake_is_known  # noqa: F401
 from tests.report.chromium import PROGRAM, Chromium
 from tools.report import main
@@ -349,6 +350,98 @@ def test_a_broken_run_has_a_report_that_says_so(sound, tmp_path, damage):
     page = Page(run / "report.html")
     assert note in " ".join(page.text.split())
     assert "Training" in page.text and "NaN" not in json.dumps(page.data)
+
+
+def edit_config(run: Path, change) -> None:
+    """Writes config.yaml anew after change(its content)."""
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    change(content)
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+
+
+def page_of(run: Path) -> Page:
+    main([str(run)])
+    return Page(run / "report.html")
+
+
+def test_a_run_of_an_earlier_version(sound, tmp_path):
+    """Keys under earlier names, rows and a config without a method: today's names, and the default method."""
+    run = shutil.copytree(sound, tmp_path / "run")
+
+    def earlier(content):
+        del content["schema"], content["method"], content["evaluate"]["scales"]
+        content["evaluate"] |= {"cam_scales": [1.0, 0.5], "lam_scales": [1.0], "seg_scales": [1.0, 1.25, 1.5]}
+        content["data"]["augmentation"] = "voc"
+
+    edit_config(run, earlier)
+    rows = [{key: value for key, value in row.items() if key != "method"} for row in results(run)]
+    for row in rows:
+        row["image_labels"] = row["image_labels"] and "predicted"
+        row["predicted_from"] = row["image_labels"] and "segmentation"
+    (run / "results.json").write_text(json.dumps(rows))
+    shutil.rmtree(evaluation_folder(run))
+    page, read = page_of(run), read_run(run)
+    assert read.method == DEFAULT_METHOD and "method" not in read.config and "schema" not in read.config
+    assert [row[-2] for row in page.table_of("evaluation")[1:]] == [title(row) for row in rows]
+    changed = {row[0]: row[1:] for row in page.table_of("key")[1:]}
+    assert changed["evaluate.scales.cam"] == ["[1.0, 0.5]", "[1.0]"]
+    assert not any(key.startswith("evaluate.cam") or key == "data.augmentation" for key in changed)
+    command = evaluate_command(run, rows, read.config)
+    assert command.split()[4].endswith(".safetensors") and command.split()[5:] == [
+        "evaluate.images=6", "evaluate.image_labels=predicted", "evaluate.predict_from=seg"
+    ]
+    load_config(None, command.split()[5:])
+
+
+def test_a_run_of_another_method(sound, tmp_path):
+    """Of one that this version does not know: kinds by their names, in the order they are found."""
+    run = shutil.copytree(sound, tmp_path / "run")
+
+    def change(content):
+        content["method"] = "other"
+        content["other"] = {"map_after": 150, "flag_after": True}
+
+    edit_config(run, change)
+    names = {"cam": "getam", "lam": "<affinity>", "seg": "seg"}
+    rows = [{**row, "method": "other", "map": names[row["map"]]} for row in results(run)]
+    (run / "results.json").write_text(json.dumps(rows))
+    write_metrics(run, [{"iteration": 9, "train/total": 1.0, "val/mine": 0.5, "val/<affinity>": 0.25}])
+    page, read = page_of(run), read_run(run)
+    assert read.validated == ["mine", "<affinity>"] and read.kinds == ["mine", "<affinity>", "getam", "seg"]
+    assert [line["name"] for line in page.data["charts"]["r0-validation"]["lines"]] == ["mine", "<affinity>"]
+    assert [c.strip() for c in page.table_of("class")[0]] == ["class", "getam", "<affinity>", "seg"]
+    assert "<affinity>: voc val, 6 images" in page.text
+    assert "after iteration 150: other.map_after is passed" in page.text and "flag_after is" not in page.text
+    changed = {row[0]: row[2] for row in page.table_of("key")[1:]}
+    assert changed["other.map_after"] == "not known" and "train.lr" not in changed
+
+
+def test_a_config_of_a_later_version(sound, tmp_path):
+    run = shutil.copytree(sound, tmp_path / "run")
+    edit_config(run, lambda content: content.update(schema=99, later={"key": 1}))
+    page = page_of(run)
+    assert "config.yaml is of schema 99, this version knows" in page.text
+    assert ["later.key", "1", "no such key today"] in page.table_of("key")
+
+
+def test_validation_in_the_order_of_the_method(sound, tmp_path):
+    run = shutil.copytree(sound, tmp_path / "run")
+    write_metrics(run, [{"iteration": 9, "train/total": 1.0, "val/later": 0.1, "val/seg": 0.2, "val/fused": 0.3}])
+    lines = page_of(run).data["charts"]["r0-validation"]["lines"]
+    assert [line["name"] for line in lines] == ["CAM x LAM", "segmentation", "later"]
+
+
+def test_the_command_makes_the_rows_again(tmp_path):
+    overrides = ["evaluate.maps=[seg,cam]", "evaluate.multi_scale=true", "evaluate.flip=false", "evaluate.bkg=0.25"]
+    run = make_run(tmp_path / "run", *overrides)
+    rows, own = results(run), read_run(run).config
+    assert evaluate_command(run, rows, own).split()[5:] == ["evaluate.images=6"]
+    words = evaluate_command(run, rows, {}).split()[5:]
+    assert config(*words).evaluate.maps == ("seg", "cam") and config(*words).evaluate.multi_scale
+    other = tmp_path / "results.json"
+    assert [row["miou"] for row in evaluate(FakeMethod(), FakeSet(6), config(*words), ALONE, "w", other)] == [
+        row["miou"] for row in rows
+    ]
 
 
 def many_classes(folder: Path) -> Path:
