@@ -15,4 +15,5 @@ USAGE
     exit 2
 fi
 source "$root/utils/python.sh"
-exec "$python" "$root/engine/launch.py" "$1" "$2" "$3" auto "data.val_split=$4" "checkpoint=$5" "${@:6}"
+settings=("data.val_split=$4" "${@:6}")
+exec "$python" "$root/engine/launch.py" "$1" "$2" "$3" auto "$5" "${settings[@]/#config=/--config=}"

@@ -13,4 +13,5 @@ USAGE
     exit 2
 fi
 source "$root/utils/python.sh"
-exec "$python" "$root/engine/launch.py" "$root/tools/infer_voc.py" "$1" "$2" auto "checkpoint=$3" "${@:4}"
+settings=("${@:4}")
+exec "$python" "$root/engine/launch.py" "$root/tools/infer_voc.py" "$1" "$2" auto "$3" "${settings[@]/#config=/--config=}"

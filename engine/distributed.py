@@ -22,25 +22,27 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
-def setup() -> Ranks:
-    """Joins the process group torchrun describes (nccl on GPUs, gloo on CPU); alone where there is none."""
+def setup(device: str | None = None) -> Ranks:
+    """Joins the process group torchrun describes (nccl on GPUs, gloo on CPU); alone where there is none.
+
+    device: cpu or cuda; None: what the launcher was told, else a GPU where there is one.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    if os.environ.get("WSSS_DEVICE", default) == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    own = pick_device(device or os.environ.get("WSSS_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    return Ranks(rank, world, device)
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return Ranks(rank, world, own)
 
 
 def pick_device(name: str) -> torch.device:
-    """cpu or cuda for a program of one process. Raises UserError where there is no such device."""
+    """The CPU, or this process's GPU for cuda. Raises UserError where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible; use --device cpu")
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)   # threads are given a device by its index
+    if name == "cuda":   # threads are given a device by its index
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
 
 
 def loader_workers(config: RunConfig, ranks: Ranks) -> int:

@@ -45,7 +45,7 @@ def test_train_and_evaluate(root, tmp_path):
     weights = tiny.last_weights(tmp_path / "coco")
     evaluate = ("run_evaluate_seg_coco.sh", "tools/infer_seg_coco.py", "cpu")
     for count in (1, 2):
-        done = tiny.bash(*evaluate, count, "val", weights, "evaluate.base_size=null", "evaluate.seg_scales=[1.0,1.5]")
+        done = tiny.bash(*evaluate, count, "val", weights, "evaluate.base_size=null", "evaluate.scales.seg=[1.0,1.5]")
         assert done.returncode == 0, done.stderr
     first, second = json.loads((tmp_path / "coco" / "results.json").read_text())
     assert first["map"] == "seg" and first["split"] == "val" and first["images"] == 3 and len(first["iou"]) == 81
@@ -78,7 +78,7 @@ def test_prepared_real_images(real, tmp_path):
     assert "6 training images (train), 3 validation images (val_part), 80 classes" in done.stdout + done.stderr
     weights = tiny.last_weights(tmp_path / "real_run", 2)
     done = tiny.bash("run_evaluate_seg_coco.sh", "tools/infer_seg_coco.py", "cpu", 1, "val", weights,
-                     "evaluate.base_size=null", "evaluate.seg_scales=[0.5]")
+                     "evaluate.base_size=null", "evaluate.scales.seg=[0.5]")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "real_run" / "results.json").read_text())
     assert row["images"] == 3 and len(row["iou"]) == 81 and 0 <= row["miou"] <= 1

@@ -1,15 +1,18 @@
-"""Scores the segmentation of a COCO checkpoint: infer_seg_coco.py checkpoint=PATH data.val_split=SPLIT [key=value ...].
+"""Scores the method's best kind of map, the segmentation, of a COCO checkpoint.
 
-Started by run_evaluate_seg_coco.sh under torchrun. Images keep their native size, times each scale; the config is found
-as infer_voc.py finds it, else more_coco.
+    python tools/infer_seg_coco.py CHECKPOINT [--config NAME] data.val_split=SPLIT [key=value ...]
+    bash run_evaluate_seg_coco.sh tools/infer_seg_coco.py 0,1 2 SPLIT CHECKPOINT [config=NAME] [key=value ...]
+
+Images keep their native size, times each scale; the config is found as infer_voc.py finds it, else more_coco.
 """
 
 from engine.launch import run_script
+from engine.inference.plan import best_kind
 from tools import infer_voc
 
 
 def main(argv: list[str]) -> None:
-    infer_voc.main(argv, "more_coco", ("evaluate.maps=[seg]", "evaluate.base_size=null"))
+    infer_voc.main(argv, __doc__, "more_coco", ["evaluate.base_size=null"], best_kind)
 
 
 if __name__ == "__main__":

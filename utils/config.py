@@ -161,7 +161,7 @@ class Layers:
             value = value.get(name) if isinstance(value, Mapping) else value
         source = next((self.sources[part] for part in _upwards(full) if part in self.sources), "by default")
         expected = error["ctx"]["expected"] if error["type"] == "refused" else expected_of(self.schema, full)
-        return f"{full} = {_shown(value)} {source}: expected {expected}"
+        return f"{full} = {shown(value)} {source}: expected {expected}"
 
 
 def leaves(mapping: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -358,10 +358,10 @@ def _nulls(value: Any) -> Any:
     return None if isinstance(value, str) and value.lower() in ("null", "~", "") else value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as one types it."""
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(shown, value))}]"
     return {None: "null"}.get(value, str(value)) if value is None or isinstance(value, str) else str(value).lower()
 
 

@@ -14,7 +14,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,6 +111,32 @@ def obtain(
     return path
 
 
+def table(folder: Path) -> list[str]:
+    """The registry, a line a row; `here`: yes, no, part (an unfinished download) or no, by hand."""
+    rows = [("name", "kind", "size", "here", "licence", "what")]
+    for entry in registry().values():
+        size = f"{entry.size / 1e9:.2f} GB" if entry.size else "?"
+        rows.append((entry.name, entry.kind, size, _presence(entry, folder), entry.licence or "?", entry.what))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def verify(names: Sequence[str], folder: Path) -> Iterator[tuple[str, bool]]:
+    """Reads every named file, or all that are there: a line about each, and whether it is not wrong.
+
+    Raises UserError for a name that the registry does not have.
+    """
+    entries = [find(name) for name in names] or [e for e in registry().values() if place(e, folder).exists()]
+    for entry in entries:
+        path = place(entry, folder)
+        try:
+            if not path.exists():
+                raise UserError(f"{path}: not there")
+            yield f"{entry.name}: {'right' if check(entry, path, remembered=False) else NOT_VERIFIED}, {path}", True
+        except UserError as error:
+            yield f"{entry.name}: WRONG, {error}", False
+
+
 def place(entry: Entry, folder: Path | None = None) -> Path:
     """Where the file of a row lies, or will lie."""
     return Path(folder or default_folder()) / entry.file
@@ -156,6 +182,15 @@ def check(entry: Entry, path: Path, remembered: bool = True) -> bool:
         )
     _remember(path, algorithm, digest)
     return True
+
+
+def _presence(entry: Entry, folder: Path) -> str:
+    path = place(entry, folder)
+    if path.exists():
+        return "yes"
+    if path.with_name(path.name + ".part").exists():
+        return "part"
+    return "no" if entry.url else "no, by hand"
 
 
 def _download(entry: Entry, url: str, path: Path, patience: Patience | None) -> None:

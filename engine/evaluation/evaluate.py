@@ -13,7 +13,7 @@ from engine.checkpoints import files
 from engine.config import RunConfig
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
 from engine.evaluation.image_scores import ImageScores, new_evaluation, write_evaluation
-from engine.evaluation.results import append_results, score_entries, summary_line, table, title
+from engine.evaluation.results import append_results, score_entries, settings_of, summary_line, table, title
 from engine.inference.batch import Prediction
 from engine.inference.many import as_is, over_images
 from engine.inference.pictures import prediction_panels, save_picture, side_by_side
@@ -63,7 +63,7 @@ def evaluate(
     facts["images"], names = len(images), ("background", *dataset.classes)
     scores = {row: Scores(matrix) for row, matrix in matrices.items()}
     rows = [
-        {**_settings(row, plan, facts), **score_entries(of_row, names), **made_of} for row, of_row in scores.items()
+        {**settings_of(row, plan, facts), **score_entries(of_row, names), **made_of} for row, of_row in scores.items()
     ]
     if ranks.rank == 0:
         _print(list(scores.values()), rows, names)
@@ -120,20 +120,6 @@ def score(
             bar.update()
     total = all_reduce_sum(torch.from_numpy(np.stack(list(matrices.values()))).to(ranks.device)).cpu().numpy()
     return dict(zip(matrices, total, strict=True))
-
-
-def _settings(row: Row, plan: Plan, facts: dict) -> dict:
-    """The entries of a result's row that say what it is of."""
-    kind, crf = row
-    made, declared = plan.maps[kind], plan.kinds[kind]
-    labels = None if not declared.uses_labels else "predicted" if plan.predicted else "given"
-    how = {"scales": list(made.scales), "flip": made.flip, "crf": crf, "image_labels": labels}
-    more = {
-        "predicted_from": plan.predicted if labels == "predicted" else None,
-        "background": None if declared.background or crf else made.bkg,
-        "input": plan.base_size,
-    }
-    return {"map": kind, **facts, **how, **more}
 
 
 def _both(item: EvalItem, prediction: Prediction) -> tuple[EvalItem, Prediction]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.config import DEFAULT_METHOD
-from engine.inference.plan import titles
+from engine.inference.plan import Plan, Row, titles
 from utils.errors import UserError
 from utils.files import replacing
 from utils.metrics import Scores
@@ -20,6 +20,23 @@ def score_entries(scores: Scores, names: Sequence[str]) -> dict:
         "pixel_accuracy": _finite(scores.pixel_accuracy),
         "iou": {name: _finite(value) for name, value in zip(names, scores.iou, strict=True)},
     }
+
+
+def settings_of(row: Row, plan: Plan, facts: dict) -> dict:
+    """The entries of a result's row that say what it is of.
+
+    facts: method, dataset, split, and the number of images.
+    """
+    kind, crf = row
+    made, declared = plan.maps[kind], plan.kinds[kind]
+    labels = None if not declared.uses_labels else "predicted" if plan.predicted else "given"
+    how = {"scales": list(made.scales), "flip": made.flip, "crf": crf, "image_labels": labels}
+    more = {
+        "predicted_from": plan.predicted if labels == "predicted" else None,
+        "background": None if declared.background or crf else made.bkg,
+        "input": plan.base_size,
+    }
+    return {"map": kind, **facts, **how, **more}
 
 
 def title(row: dict) -> str:

@@ -1,14 +1,12 @@
-"""A method over many images: batches of one size, threads, and files that a second run goes on from."""
+"""A method over many images: batches of one size, threads, processes."""
 
 import itertools
-import json
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,20 +16,17 @@ from tqdm import tqdm
 
 from datasets import EvalItem, Unreadable
 from engine.config import RunConfig
-from engine.distributed import Ranks, barrier, loader_workers, use_tf32
+from engine.distributed import Ranks, gather, loader_workers, use_tf32
 from engine.inference.batch import Prediction, evaluation_mode, predict_batch
 from engine.inference.plan import Plan
 from model.method import Method
-from utils.errors import UserError
-from utils.files import replacing
 
 GPU_BATCH, GPU_PIXELS = 8, 2_000_000   # of the images that a GPU computes together: the number, and at most so many
 WAITING = 8
-SETTINGS = "settings.json"
 
 
 class Written(NamedTuple):
-    """What `write_predictions` did in this process: images written, found done already, not readable; its seconds."""
+    """What `write_predictions` did in all processes: images written, found done already, not readable; its seconds."""
 
     written: int
     skipped: int
@@ -93,8 +88,8 @@ def write_predictions(
     with bar, over_images(method, readable(), plan, ranks.device, write, batch_size, at_once) as done:
         for _ in done:
             bar.update()
-    seconds = time.perf_counter() - started
-    return Written(len(todo) - len(failed), len(share) - len(todo), len(failed), seconds)
+    own = len(todo) - len(failed), len(share) - len(todo), len(failed)
+    return Written(*map(sum, zip(*gather(own), strict=True)), time.perf_counter() - started)
 
 
 def same_size(items: Iterable[EvalItem], together: Callable[[torch.Size], int]) -> Iterator[list[EvalItem]]:
@@ -143,54 +138,9 @@ def in_threads(function: Callable, items: Iterable, threads: int, device: torch.
             yield waiting.popleft().result()
 
 
-def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) -> None:
-    """Notes in FOLDER/settings.json what its files are made with, so that a second run may go on with them.
-
-    Raises UserError, unless `overwrite` is asked for, where they were made with other settings, naming what differs,
-    and where the folder holds files and no such note.
-    """
-    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
-    if ranks.rank == 0:
-        earlier = None if overwrite else _read_settings(path)
-        if earlier is None and not overwrite and folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder}: holds files that are not of this tool; give another folder, or --overwrite")
-        for key in {**settings, **earlier} if earlier is not None else ():
-            if earlier.get(key) != settings.get(key):
-                raise UserError(
-                    f"{folder}: its files were made with {key} = {earlier.get(key)}, not {settings.get(key)};"
-                    " give another folder, or --overwrite"
-                )
-        if earlier is None:
-            with replacing(path) as part:
-                part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    barrier()
-
-
-def is_finished(path: Path) -> Callable[[Path], bool]:
-    """Whether a file is there and not older than FOLDER/settings.json, which an overwriting run writes anew."""
-    since = (path / SETTINGS).stat().st_mtime_ns
-    return lambda file: file.is_file() and file.stat().st_mtime_ns >= since
-
-
-def made_with(file: str, plan: Plan, config: RunConfig) -> dict:
-    """What predictions depend on beside the images: the weights file (name, size, time), the plan, the model."""
-    about, model = Path(file).stat(), config.model.model_dump()
-    del model["weights"]   # those it once started from
-    return {"checkpoint": [Path(file).name, about.st_size, about.st_mtime_ns], **plan._asdict(), "model": model}
-
-
 def as_is(item: Any) -> Any:
     """The collate function of a loader whose items stay single."""
     return item
-
-
-def _read_settings(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{path}: cannot be read; give another folder, or --overwrite") from None
 
 
 def _labels(group: list[EvalItem], device: torch.device) -> Tensor | None:

@@ -1,6 +1,6 @@
 """What is made of an image, and how: the plan of an evaluation, of a validation, of predictions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from engine.config import CLASSIFIER, RunConfig
@@ -70,6 +70,16 @@ def seed_kind(config: RunConfig) -> str:
     kinds = METHODS[config.method].kinds
     named = [kind for kind in config.evaluate.maps or kinds if kind in kinds]
     return [kind for kind in named if kinds[kind].uses_labels or kind == named[0]][-1]
+
+
+def best_kind(config: RunConfig) -> str:
+    """The kind that predictions are made from unless one is named: that whose validation picks the best checkpoint."""
+    return METHODS[config.method].best_by
+
+
+def maps_setting(kinds: Sequence[str]) -> str:
+    """The key=value pair that asks for these kinds of maps."""
+    return f"evaluate.maps=[{','.join(kinds)}]"
 
 
 def titles(method: str) -> Mapping[str, str]:

@@ -1,20 +1,113 @@
 """Pseudo masks for the second stage: ids with 255 where unsure, and the dictionaries of irn (Ahn et al., CVPR 2019)."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.inference.predict import present_ids, threshold
+from datasets import EvalItem, ImageSet
+from engine.config import RunConfig
+from engine.inference.batch import Prediction, present_ids, threshold
+from engine.inference.many import Written
+from engine.inference.plan import seed_kind
+from engine.inference.prediction_folder import Predictor
+from model import METHODS
 from model.multi_scale import resize
 from utils.crf import dense_crf
 from utils.errors import UserError
 from utils.files import replacing
-from utils.images import IGNORE
+from utils.images import IGNORE, read_label_map, to_uint8, write_label_png
 
 CONFIDENCE = 0.7   # [irn] probability of the label that a pixel has, where the CRF starts
 STRIDE = 4         # [irn] of `cam`
+PNG, DICTIONARY, IRN_LABEL = FORMATS = ("png", "npy", "irn-label")
+IRN_HIGH, IRN_LOW = 0.30, 0.05   # [irn] conf_fg_thres, conf_bg_thres
+IRN_CRF = {"iterations": 10, "pos_xy_std": 3, "pos_w": 3, "bi_xy_std": 50, "bi_rgb_std": 5, "bi_w": 10}   # [irn]
+
+
+class MaskFormat:
+    """How the maps of a kind become a file.
+
+    format: one of FORMATS. kind: of the map. high, low: thresholds of PNGs, None for those that an argmax decides and
+    for dictionaries. crf: settings of `dense_crf`, None for none. bkg: the threshold at which a dictionary is scored.
+    """
+
+    def __init__(self, config: RunConfig, kind: str, format: str = PNG, high: float | None = None,
+                 low: float | None = None) -> None:
+        """high, low: None for the method's, `Method.sure_above`, or irn's. Raises UserError for what does not fit."""
+        self.format, self.kind, self.bkg = format, kind, config.evaluate.bkg
+        self.ending = "npy" if format == DICTIONARY else "png"
+        method, given = METHODS[config.method], (high, low) != (None, None)
+        if method.kinds[kind].background and (format != PNG or given):
+            raise UserError(f"map {kind} has a background of its own: format png alone, without high and low")
+        if format == DICTIONARY and (config.evaluate.crf or given):
+            raise UserError("format npy holds the maps themselves: high, low and evaluate.crf have no part in it")
+        self.high = self.low = None
+        if format != DICTIONARY and not method.kinds[kind].background:
+            default = (IRN_HIGH, IRN_LOW) if format == IRN_LABEL else method.sure_above(config)
+            self.high = default[0] if high is None else high
+            self.low = default[1] if low is None else low
+            check_thresholds(self.high, self.low)
+        own_crf = config.crf.model_dump() if config.evaluate.crf else None
+        self.crf = {"backend": config.crf.backend, **IRN_CRF} if format == IRN_LABEL else own_crf
+
+    def write(self, path: Path, item: EvalItem, prediction: Prediction) -> None:
+        maps, present = prediction.maps[self.kind], prediction.present
+        if self.format == DICTIONARY:
+            save_irn(path, maps, present)
+        elif self.high is None:
+            write_label_png(path, prediction.labels[self.kind, self.crf is not None])
+        else:
+            ids = confident_ids(maps, present, to_uint8(item.image), self.high, self.low, self.crf)
+            write_label_png(path, ids)
+
+    def read(self, path: Path, num_ids: int) -> np.ndarray:
+        """The ids uint8 (H, W) of a written file; those of a dictionary at evaluate.bkg."""
+        return irn_ids(path, self.bkg) if self.format == DICTIONARY else read_label_map(path, num_ids)
+
+
+class Exported(NamedTuple):
+    """A folder of pseudo masks: what it was made with, of which images, and what was written now."""
+
+    folder: Path
+    masks: MaskFormat
+    predictor: Predictor
+    dataset: ImageSet
+    split: str
+    written: Written
+
+    def path_of(self, name: str) -> Path:
+        return mask_path(self.folder, name, self.masks)
+
+
+def export_masks(
+    predictor: Predictor, folder: Path, split: str | None = None, format: str = PNG, high: float | None = None,
+    low: float | None = None, overwrite: bool = False,
+) -> Exported:
+    """Writes the pseudo masks of a split, None for data.train_split, from one kind of map.
+
+    The rest as `MaskFormat` takes it. Raises UserError, also where the folder is that of the data's own masks.
+    """
+    config, kind = predictor.config, seed_kind(predictor.config)
+    masks, split = MaskFormat(config, kind, format, high, low), split or config.data.train_split
+    plan = predictor.plan.only(kind)
+    predictor.plan = plan if plan.kinds[kind].background else plan._replace(crf=None)   # the format has its own CRF
+    dataset = predictor.images_of(split)
+    if any(sample.mask and sample.mask.parent.resolve() == folder.resolve() for sample in dataset.samples):
+        raise UserError(f"{folder}: holds the masks of the data set; give another folder")
+    depends_on = {**vars(masks), "split": split, "images": dataset.identity()}
+    is_done = predictor.claim(folder, overwrite, depends_on)
+    written = predictor.write(
+        dataset, lambda item, prediction: masks.write(mask_path(folder, item.name, masks), item, prediction),
+        lambda name: is_done(mask_path(folder, name, masks)), "export",
+    )
+    return Exported(folder, masks, predictor, dataset, split, written)
+
+
+def mask_path(folder: Path, name: str, masks: MaskFormat) -> Path:
+    return folder / f"{name}.{masks.ending}"
 
 
 def confident_ids(
@@ -33,17 +126,25 @@ def confident_ids(
     return torch.where(sure > 0, sure, torch.where(possible == 0, 0, IGNORE)).byte().cpu().numpy()
 
 
-def save_irn(path: Path, maps: Tensor, present: Tensor) -> None:
-    """Writes a dictionary as irn's make_cam does: the maps of the present classes alone.
+class IrnMaps(NamedTuple):
+    """What irn's make_cam writes, as a dictionary: the maps of the present classes alone.
 
     keys: int64 tensor (C,), classes from 0. cam: float32 tensor (C, ceil(H / 4), ceil(W / 4)). high_res: float32 array
     (C, H, W).
     """
+
+    keys: Tensor
+    cam: Tensor
+    high_res: np.ndarray
+
+
+def save_irn(path: Path, maps: Tensor, present: Tensor) -> None:
+    """Writes the `IrnMaps` of maps (K, H, W) and present bool (K,)."""
     keys, maps = present.nonzero().flatten().cpu(), maps[present].float().cpu()
     size = [-(-side // STRIDE) for side in maps.shape[-2:]]
     strided = resize(maps[None], size)[0] if len(maps) else maps.new_zeros(0, *size)
     with replacing(path) as part, open(part, "wb") as file:
-        np.save(file, {"keys": keys, "cam": strided.clone(), "high_res": maps.numpy()}, allow_pickle=True)
+        np.save(file, IrnMaps(keys, strided.clone(), maps.numpy())._asdict(), allow_pickle=True)
 
 
 def irn_ids(path: Path, bkg: float) -> np.ndarray:
@@ -51,10 +152,10 @@ def irn_ids(path: Path, bkg: float) -> np.ndarray:
 
     Reading such a file runs what it says, so it is for our own alone.
     """
-    content = np.load(path, allow_pickle=True).item()
-    maps = torch.from_numpy(content["high_res"])
+    content = IrnMaps(**np.load(path, allow_pickle=True).item())
+    maps = torch.from_numpy(content.high_res)
     ids = threshold(maps, torch.ones(len(maps), dtype=torch.bool), bkg)
-    return np.array([0, *(content["keys"] + 1)], np.uint8)[ids]
+    return np.array([0, *(content.keys + 1)], np.uint8)[ids]
 
 
 def check_thresholds(high: float, low: float) -> None:

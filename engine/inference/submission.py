@@ -1,4 +1,4 @@
-"""The archive that the PASCAL VOC 2012 segmentation server takes, made of a folder of label PNGs."""
+"""The archive that the PASCAL VOC 2012 segmentation server takes, made of label PNGs or of a checkpoint."""
 
 import gzip
 import io
@@ -11,14 +11,43 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from datasets import EvalItem, ImageSet, build_image_set
 from datasets.samples import Sample
 from datasets.voc import CLASSES
+from engine.checkpoints.files import check_classes
+from engine.config import load_config
+from engine.inference.batch import Prediction
+from engine.inference.plan import row_name
+from engine.inference.prediction_folder import Predictor
 from utils.errors import UserError
 from utils.files import replacing
-from utils.images import IGNORE, label_png, read_label_map
+from utils.images import IGNORE, label_png, read_label_map, write_label_png
 
 COMPETITIONS = ("comp5", "comp6")
 TEST_IMAGES = 1456   # VOC 2012 segmentation, test
+
+
+def data_settings(root: str) -> list[str]:
+    """The key=value pairs of the test images below `root`, whose image labels nobody has."""
+    return ["data.name=voc", f"data.root={root}", "evaluate.image_labels=predicted"]
+
+
+def images_to_submit(root: str, split: str) -> ImageSet:
+    """The images to submit. Raises UserError where the list or an image is not there."""
+    return build_image_set(load_config(None, data_settings(root)), split)
+
+
+def predict_masks(predictor: Predictor, folder: Path, split: str, overwrite: bool) -> str:
+    """Fills a folder with the label PNGs of a checkpoint, by the last row of its plan; a line that says what it is."""
+    dataset, row = predictor.images_of(split), predictor.plan.rows[-1]
+    check_classes(predictor.file, CLASSES)
+    is_done = predictor.claim(folder, overwrite, {"images": dataset.identity()})
+
+    def write(item: EvalItem, prediction: Prediction) -> None:
+        write_label_png(folder / f"{item.name}.png", prediction.labels[row])
+
+    done = predictor.write(dataset, write, lambda name: is_done(folder / f"{name}.png"), "predict")
+    return f"{folder}: {row_name(row)} of {len(dataset)} images, {done.written} now, {done.seconds:.1f} s"
 
 
 def write_archive(output: Path, masks: Path, samples: Sequence[Sample], competition: str) -> None:

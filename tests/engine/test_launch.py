@@ -100,9 +100,12 @@ def test_training_gets_tag_and_overrides(house, tmp_path):
 
 def test_evaluation_gets_checkpoint_and_overrides(house):
     result = run(house, "run_evaluate_voc.sh", "cpu", 2, "a.pth", "evaluate.crf=true", OMP_NUM_THREADS="3")
-    assert result.stdout == f"argv|['checkpoint=a.pth', 'evaluate.crf=true']|2|cpu||3|{house.parent}\n"
+    assert result.stdout == f"argv|['a.pth', 'evaluate.crf=true']|2|cpu||3|{house.parent}\n"
+    result = run(house, "run_evaluate_voc.sh", "cpu", 1, "a.pth", "config=my config", "x=config=1")
+    assert "['a.pth', '--config=my config', 'x=config=1']|1|cpu" in result.stdout
+    assert "argv|['a.pth']|1|cpu" in run(house, "run_evaluate_voc.sh", "cpu", 1, "a.pth").stdout
     result = run(house, "run_evaluate_seg_coco.sh", "tools/infer_seg_coco.py", "cpu", 1, "val", "a.pth", "x=1")
-    assert "['data.val_split=val', 'checkpoint=a.pth', 'x=1']|1|cpu" in result.stdout
+    assert "['a.pth', 'data.val_split=val', 'x=1']|1|cpu" in result.stdout
 
 
 @pytest.mark.parametrize(("what", "count"), [("mistake", 1), ("mistake", 2), ("mistake of rank 1", 2)])

@@ -1,6 +1,5 @@
 """tools/export_masks.py: its files as a second stage reads them, the rule of the unsure pixels, several processes."""
 
-import argparse
 import json
 import re
 import subprocess
@@ -13,12 +12,16 @@ import torch
 from PIL import Image
 
 from datasets.voc import CLASSES
-from engine.inference.pseudo_masks import confident_ids, irn_ids, save_irn
+from engine.checkpoints.opening import open_checkpoint
+from engine.config import load_config
+from engine.inference.batch import predict
+from engine.inference.plan import evaluation_plan
+from engine.inference.pseudo_masks import IRN_HIGH, IRN_LOW, MaskFormat, confident_ids, irn_ids, save_irn
 from tests import tiny
 from tests.conftest import TINY_CLASSES
 from tools import export_masks as tool
-from utils.config import load_config
 from utils.errors import UserError
+from utils.images import normalize, read_rgb
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,12 +51,12 @@ def test_two_processes_write_what_others_read(checkpoint, tiny_voc, tmp_path, ca
     for name in ("tiny_000", "tiny_005"):
         (tiny_voc / "SegmentationClassAug" / f"{name}.png").unlink()
     png, npy = tmp_path / "png", tmp_path / "npy"
-    arguments = [f"checkpoint={checkpoint}", f"data.root={tiny_voc}", "map=lam", "data.workers=0"]
+    arguments = [str(checkpoint), f"data.root={tiny_voc}", "--map", "lam", "data.workers=0"]
     command = [sys.executable, "engine/launch.py", "tools/export_masks.py", "cpu", "2", "auto", *arguments]
-    command += [f"output={png}", "--format", "png", "high=0.6", "low=0.4"]
+    command += ["--output", str(png), "--format", "png", "--high", "0.6", "--low", "0.4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    tool.main([*arguments, f"output={npy}", "format=npy", "evaluate.bkg=0.6"])
+    tool.main([*arguments, "--output", str(npy), "--format", "npy", "evaluate.bkg=0.6"])
 
     labels, names = labels_of(tiny_voc), [f"tiny_{index:03d}" for index in range(8)]
     assert sorted(files(png, "png")) == sorted(files(npy, "npy")) == names
@@ -112,37 +115,61 @@ def test_goes_on_and_needs_no_masks(checkpoint, tiny_voc, tmp_path, capsys):
         path.unlink()
     (tiny_voc / "SegmentationClassAug").rmdir()
     out = tmp_path / "out"
-    arguments = [f"checkpoint={checkpoint}", f"output={out}", f"data.root={tiny_voc}", "data.workers=0"]
-    tool.main([*arguments, "split=val", "map=cam"])
+    arguments = [str(checkpoint), "--output", str(out), f"data.root={tiny_voc}", "data.workers=0"]
+    tool.main([*arguments, "--split", "val", "--map", "cam"])
     assert "no masks there: mIoU not measured" in capsys.readouterr().out
     first = files(out, "png")
     (out / "tiny_009.png").unlink()
-    tool.main([*arguments, "split=val", "map=cam"])
+    tool.main([*arguments, "--split", "val", "--map", "cam"])
     again = files(out, "png")
     assert "1 written" in capsys.readouterr().out
     assert first.keys() == again.keys() and {name for name in first if first[name] != again[name]} == {"tiny_009"}
     with pytest.raises(UserError, match=r"made with high = 0\.7, not 0\.9; give another folder, or --overwrite"):
-        tool.main([*arguments, "split=val", "map=cam", "high=0.9"])
+        tool.main([*arguments, "--split", "val", "--map", "cam", "--high", "0.9"])
     with pytest.raises(UserError, match=r"made with model = .*; give another folder, or --overwrite"):
-        tool.main([*arguments, "split=val", "map=cam", "model.token_ratio=0.3"])
+        tool.main([*arguments, "--split", "val", "--map", "cam", "model.token_ratio=0.3"])
     labels = tiny_voc / "labels.json"
     labels.write_text(labels.read_text().replace("dog", "cat"))
     with pytest.raises(UserError, match=r"made with images = .*; give another folder, or --overwrite"):
-        tool.main([*arguments, "split=val", "map=cam"])
+        tool.main([*arguments, "--split", "val", "--map", "cam"])
+
+
+@pytest.mark.parametrize("crf", [False, True])
+def test_a_map_with_background_gives_the_ids_of_its_argmax(checkpoint, tiny_voc, tmp_path, capsys, one_thread, crf):
+    out = tmp_path / "out"
+    arguments = [str(checkpoint), "--output", str(out), f"data.root={tiny_voc}", "--split", "val", "--map", "seg"]
+    tool.main([*arguments, *["--crf"] * crf, "--device", "cpu", "data.workers=0"])
+    opened = open_checkpoint(str(checkpoint), ["evaluate.maps=[seg]", f"evaluate.crf={crf}".lower()])
+    for name in (f"tiny_{index:03d}" for index in range(8, 12)):
+        image = normalize(read_rgb(tiny_voc / "JPEGImages" / f"{name}.jpg"))
+        alone = predict(opened.method, image, torch.zeros(len(CLASSES)), evaluation_plan(opened.config))
+        np.testing.assert_array_equal(np.array(Image.open(out / f"{name}.png")), alone.labels["seg", crf])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mIoU")]
+    assert "segmentation: voc val, 4 images" in line and "no image labels used" in line and "unsure" not in line
+
+
+def test_the_map_and_the_thresholds_are_the_methods(checkpoint, tiny_voc, tmp_path, capsys):
+    for name, more, said in (
+        ("lam", [], "LAM: voc val, 4 images"), ("cam", ["evaluate.maps=[cam]"], "CAM: voc val, 4 images")
+    ):
+        where = ["--output", str(tmp_path / name), f"data.root={tiny_voc}", "--split", "val", "data.workers=0"]
+        tool.main([str(checkpoint), *where, *more, "pseudo_labels.high=0.8"])
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert said in line and "high 0.8, low 0.25" in line
 
 
 def test_files_of_others_stay(checkpoint, tiny_voc, tmp_path):
-    arguments = [f"checkpoint={checkpoint}", f"data.root={tiny_voc}", "data.workers=0", "split=val", "map=cam"]
+    arguments = [str(checkpoint), f"data.root={tiny_voc}", "data.workers=0", "--split", "val", "--map", "cam"]
     masks = tiny_voc / "SegmentationClassAug"
     before = {path.name: path.read_bytes() for path in masks.iterdir()}
     for overwrite in ([], ["--overwrite"]):
         with pytest.raises(UserError, match="SegmentationClassAug: holds the masks of the data set"):
-            tool.main([*arguments, f"output={masks}", *overwrite])
+            tool.main([*arguments, "--output", str(masks), *overwrite])
     assert before == {path.name: path.read_bytes() for path in masks.iterdir()}
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="out: holds files that are not of this tool; give another folder"):
-        tool.main([*arguments, f"output={tmp_path / 'out'}"])
+        tool.main([*arguments, "--output", str(tmp_path / "out")])
 
 
 def test_the_rule_of_unsure_pixels():
@@ -169,8 +196,7 @@ def test_irn_labels_as_irn_makes_them():
     maps = torch.nn.functional.interpolate(coarse, (40, 50), mode="bilinear")[0]
     image = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
     present = torch.tensor([True, False, True, True, False])
-    options = argparse.Namespace(format="irn-label", map="cam", high=0.6, low=0.5)
-    rule = tool.Rule(options, load_config(None, ["crf.backend=pydensecrf"]))
+    rule = MaskFormat(load_config(None, ["crf.backend=pydensecrf"]), "cam", "irn-label", high=0.6, low=0.5)
     ids = confident_ids(maps, present, image, rule.high, rule.low, rule.crf)
 
     keys, cams = np.array([0, 1, 3, 4]), maps[present].numpy()
@@ -187,7 +213,7 @@ def test_irn_labels_as_irn_makes_them():
     expected[found[0] + found[1] == 0] = 0
     assert len(np.unique(expected)) == 5 and (expected != confident_ids(maps, present, image, 0.6, 0.5)).any()
     np.testing.assert_array_equal(ids, expected)
-    assert (tool.IRN_HIGH, tool.IRN_LOW) == (0.30, 0.05)
+    assert (IRN_HIGH, IRN_LOW) == (0.30, 0.05)
 
 
 def test_an_image_without_a_class(tmp_path):
@@ -200,14 +226,18 @@ def test_an_image_without_a_class(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["high=0.2", "low=0.4"], r"high = 0\.2, low = 0\.4"),
-        (["format=npy", "high=0.5"], "have no part in it"),
-        (["format=npy", "evaluate.crf=true"], "have no part in it"),
+        (["--high", "0.2", "--low", "0.4"], r"high = 0\.2, low = 0\.4"),
+        (["--format", "npy", "--high", "0.5"], "have no part in it"),
+        (["--format", "npy", "evaluate.crf=true"], "have no part in it"),
+        (["--map", "seg", "--low", "0.5"], "seg has a background of its own: format png alone, without high and low"),
+        (["--map", "seg", "--format", "npy"], "seg has a background of its own"),
+        (["--map", "seg", "--format", "irn-label"], "seg has a background of its own"),
+        (["--map", "sag"], r"evaluate\.maps = \['sag'\]: expected one or more of cam, lam"),
         (["spilt=val"], "unknown key 'spilt'"),
-        (["split=test"], "split 'test' not found"),
+        (["--split", "test"], "split 'test' not found"),
     ],
 )
 def test_mistakes(checkpoint, tiny_voc, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
-        tool.main([f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", f"data.root={tiny_voc}", *arguments])
+        tool.main([str(checkpoint), "--output", str(tmp_path / "out"), f"data.root={tiny_voc}", *arguments])
     assert not (tmp_path / "out").exists()

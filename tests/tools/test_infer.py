@@ -1,40 +1,45 @@
 """The evaluation tools' arguments; whole runs are in tests/test_end_to_end*.py."""
 
-from pathlib import Path
-
 import pytest
 
 from engine.evaluation.results import append_results
-from tools.infer_voc import results_folder, split_checkpoint
+from tools import infer_seg_coco, infer_voc
 from utils.errors import UserError
 
+TOOLS = [infer_voc, infer_seg_coco]
 
-def test_checkpoint_is_taken_out(tmp_path):
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What `evaluate_checkpoint` is called with, in place of a call: checkpoint, settings, config, fallback."""
+    calls = []
+    monkeypatch.setattr(infer_voc, "evaluate_checkpoint", lambda ranks, *given: calls.append(given[:4]))
+    return calls
+
+
+def test_checkpoint_is_taken_out(calls, tmp_path):
     path = tmp_path / "a=b.safetensors"
     path.touch()
-    assert split_checkpoint(["tag=x", f"checkpoint={path}", "seed=1"]) == (str(path), ["tag=x", "seed=1"])
+    infer_voc.main(["tag=x", str(path), "--config", "mine", "seed=1", "--crf", "--device", "cpu"])
+    infer_seg_coco.main([str(path), "evaluate.base_size=64", "--batch", "2"])
+    assert calls == [
+        (str(path), ["evaluate.crf=true", "tag=x", "seed=1"], "mine", "more_voc"),
+        (str(path), ["evaluate.base_size=null", "evaluate.images_at_once=2", "evaluate.base_size=64"], None,
+         "more_coco"),
+    ]
 
 
+@pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("argv", [[], ["seed=1"], ["checkpoint="]])
-def test_no_checkpoint(argv):
-    with pytest.raises(UserError, match="checkpoint=PATH"):
-        split_checkpoint(argv)
+def test_no_checkpoint(argv, tool):
+    with pytest.raises(UserError, match="required: CHECKPOINT"):
+        tool.main(argv)
 
 
-def test_missing_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize("tool", TOOLS)
+def test_missing_checkpoint_is_named(tmp_path, tool):
     with pytest.raises(UserError, match="nowhere.pth: no such checkpoint"):
-        split_checkpoint([f"checkpoint={tmp_path / 'nowhere.pth'}"])
-
-
-def test_results_go_to_the_run_or_here(tmp_path):
-    path = tmp_path / "checkpoints" / "w.safetensors"
-    path.parent.mkdir()
-    path.touch()
-    assert results_folder([f"checkpoint={path}"], str(path)) == tmp_path
-    assert results_folder([f"checkpoint={path.parent}"], str(path)) == tmp_path
-    assert results_folder(["checkpoint=more_voc_official"], str(path)) == Path()
-    (tmp_path / "SHA256SUMS").touch()
-    assert results_folder([f"checkpoint={path.parent}"], str(path)) == Path(), "a release stays as it is"
+        tool.main([str(tmp_path / "nowhere.pth"), "--device", "cpu"])
 
 
 def test_results_that_cannot_be_written(tmp_path):

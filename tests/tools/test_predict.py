@@ -16,7 +16,10 @@ from PIL import Image
 from datasets import ImageFiles, Unreadable, find_images, unique_names
 from datasets.voc import CLASSES
 from engine.checkpoints.opening import open_checkpoint
-from engine.inference.predict import evaluation_plan, predict
+from engine.config import load_config
+from engine.inference.batch import predict
+from engine.inference.image_files import least_side
+from engine.inference.plan import evaluation_plan
 from tests import tiny
 from tools import predict as tool
 from utils.errors import UserError
@@ -159,12 +162,12 @@ def test_resuming(checkpoint, tmp_path, capsys):
         "json/2.json", "labels/seg/2.png", "overlays/seg/2.jpg"
     }
     with pytest.raises(UserError, match=r"made with maps = .*; give another folder, or --overwrite"):
-        tool.main([*arguments, "evaluate.seg_scales=[0.5]"])
-    tool.main([*arguments, "evaluate.seg_scales=[0.5]", "--overwrite"])
+        tool.main([*arguments, "evaluate.scales.seg=[0.5]"])
+    tool.main([*arguments, "evaluate.scales.seg=[0.5]", "--overwrite"])
     assert "4 written, 0 there already" in capsys.readouterr().out
     shutil.copytree(tmp_path, tmp_path.with_name("copy"), ignore=lambda *_: ["out"])
     with pytest.raises(UserError, match=r"0\.json: is of .*; give another --output, or --overwrite"):
-        tool.main([str(checkpoint), str(tmp_path.with_name("copy")), *arguments[2:], "evaluate.seg_scales=[0.5]"])
+        tool.main([str(checkpoint), str(tmp_path.with_name("copy")), *arguments[2:], "evaluate.scales.seg=[0.5]"])
 
 
 def test_an_overwriting_run_that_was_ended_goes_on(checkpoint, tmp_path, capsys):
@@ -210,6 +213,9 @@ def test_given_labels_and_a_list_on_stdin(checkpoint, tmp_path, monkeypatch):
         (["--labels", "cat,unicorn"], "no class 'unicorn'"),
         (["evaluate.imagelabels=given"], "unknown key"),
         (["evaluate.image_labels=given"], "say which with --labels"),
+        (["--kinds", "lam", "sag"], r"evaluate\.maps = \['lam', 'sag'\]: expected one or more of cam, lam"),
+        (["--batch", "0"], "evaluate.images_at_once = 0 on the command line: expected an integer, at least 1"),
+        (["--most-pixels", "0"], "--most-pixels: '0' is no number of 1 or more"),
         (["nothing*.jpg"], r"nothing\*\.jpg: no image there"),
     ],
 )
@@ -229,13 +235,13 @@ def test_a_folder_that_is_not_there(checkpoint, tmp_path):
 def test_too_small_for_native_size(tmp_path):
     for name, size in (("one", (1, 1)), ("enough", (64, 70))):
         picture(0, size).save(tmp_path / f"{name}.png")
-    plan = evaluation_plan(tiny.load_config("more_voc", ["evaluate.base_size=null", "evaluate.maps=[seg]",
-                                                         "evaluate.seg_scales=[0.5,1.0]"]))
+    plan = evaluation_plan(load_config("more_voc", ["evaluate.base_size=null", "evaluate.maps=[seg]",
+                                                         "evaluate.scales.seg=[0.5,1.0]"]))
     paths = [tmp_path / "one.png", tmp_path / "enough.png", tmp_path / "absent.png"]
-    items = ImageFiles(paths, ["one", "enough", "absent"], None, tool.least_side(plan), 10**6)
+    items = ImageFiles(paths, ["one", "enough", "absent"], None, least_side(plan), 10**6)
     assert items[0] == Unreadable("one", f"{paths[0]}: 1x1 pixels are computed, at native size a side needs 64 or more;"
                                          " give evaluate.base_size")
-    reduced = ImageFiles(paths, ["one", "enough", "absent"], None, tool.least_side(plan), 1000)[1]
+    reduced = ImageFiles(paths, ["one", "enough", "absent"], None, least_side(plan), 1000)[1]
     assert isinstance(reduced, Unreadable) and "33x30 pixels are computed" in reduced.reason
     assert items[1].image.shape == (3, 64, 70)
     assert items[2] == Unreadable("absent", f"{paths[2]}: image file is missing")

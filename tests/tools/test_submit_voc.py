@@ -11,7 +11,8 @@ from PIL import Image
 
 from engine.checkpoints.opening import open_checkpoint
 from engine.distributed import pick_device
-from engine.inference.predict import evaluation_plan, predict
+from engine.inference.batch import predict
+from engine.inference.plan import evaluation_plan
 from engine.inference.submission import check_archive
 from tests import tiny
 from tools import submit_voc as tool
@@ -59,7 +60,7 @@ def test_from_a_checkpoint(voc, tmp_path, monkeypatch, capsys, one_thread):
     checkpoint = tiny.save_checkpoint(tmp_path / "tiny.safetensors")
     monkeypatch.chdir(tmp_path)
     arguments = ["--root", "VOC2012", "--output", "new/more.tgz", "--map", "lam", "--crf", "evaluate.flip=false"]
-    tool.main(["--checkpoint", str(checkpoint), "--device", "cpu", *arguments])
+    tool.main([str(checkpoint), "--device", "cpu", *arguments])
     said = capsys.readouterr().out
     assert "3 images, comp6, checked" in said and "has 1456 images, the split test has 3" in said
     found = unpacked(tmp_path / "new" / "more.tgz", tmp_path / "server")
@@ -167,10 +168,10 @@ def test_other_mistakes(voc, masks, tmp_path):
     other = tiny.save_checkpoint(tmp_path / "tiny.safetensors")
     for arguments, message in (
         (["--masks", str(masks), "--output", "x.zip"], "takes a .tgz"),
-        (["--output", "x.tgz"], "give --checkpoint PATH, or --masks"),
+        (["--output", "x.tgz"], "give CHECKPOINT, or --masks"),
         (["--masks", str(masks), "--output", "x.tgz", "--split", "trial"], "split 'trial' not found"),
         (["--masks", str(masks / "no"), "--output", "x.tgz"], "no such folder"),
-        (["--checkpoint", f"{other}.no", "--output", "x.tgz"], "no such checkpoint"),
+        ([f"{other}.no", "--output", "x.tgz"], "no such checkpoint"),
     ):
         with pytest.raises(UserError, match=message):
             tool.main(["--root", str(voc), *arguments])

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoints import files as checkpoint
+from engine.config import load_config
 from model import build_method
-from utils.config import load_config
 from utils.errors import UserError
 
 SIZE = "model.backbone_args={embed_dim: 32, depth: 3, num_heads: 2, img_size: 32, patch_size: 8}"
@@ -85,10 +85,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_the_newest_state_is_taken(tmp_path):
     method = make()
     optimizer = torch.optim.AdamW(method.parameters())
-    assert checkpoint.load_state(tmp_path, method, optimizer) is None
+    assert checkpoint.newest_state(tmp_path) is None
     for iteration in (2, 10):
         checkpoint.save_state(tmp_path, iteration, method, optimizer, meta={})
-    assert checkpoint.load_state(tmp_path, make(), optimizer) == 10
+    assert checkpoint.newest_state(tmp_path)["iteration"] == 10
     assert [p.name for p in tmp_path.glob("*.state.pt")] == ["iter_000010.state.pt"]
     assert len(list(tmp_path.glob("*.weights.safetensors"))) == 2
 
@@ -100,13 +100,13 @@ def test_rates_of_a_resumed_run_are_those_it_is_given(tmp_path):
     before.step()
     checkpoint.save_state(tmp_path, 1, method, before, meta={})
     after = torch.optim.AdamW(method.parameters(), lr=2.0, weight_decay=0.25)
-    checkpoint.load_state(tmp_path, method, after)
+    checkpoint.load_optimizer(after, checkpoint.newest_state(tmp_path))
     assert [(g["lr"], g["weight_decay"]) for g in after.param_groups] == [(2.0, 0.25)]
     for p in method.parameters():
         assert torch.equal(after.state[p]["exp_avg"], before.state[p]["exp_avg"]) and after.state[p]["step"] == 1
 
 
 def test_the_best_score_outlives_an_interruption(tmp_path):
-    assert checkpoint.best_score(tmp_path) == float("-inf")
+    assert checkpoint.best_score(tmp_path, "seg") == float("-inf")
     checkpoint.save_weights(tmp_path / checkpoint.BEST, make(), {"val": {"seg": 0.25}})
-    assert checkpoint.best_score(tmp_path) == 0.25
+    assert checkpoint.best_score(tmp_path, "seg") == 0.25

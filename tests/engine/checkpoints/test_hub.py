@@ -11,8 +11,9 @@ import torch
 from engine.checkpoints.files import read_meta, save_weights
 from engine.checkpoints.hub import HubMethod
 from engine.checkpoints.opening import open_checkpoint
+from engine.config import load_config, portable
 from model import build_method
-from utils.config import load_config, portable
+from model.method import MapPlan
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -34,10 +35,8 @@ def weights(tmp_path_factory):
 
 
 def outputs(model):
-    return [
-        model.classify(IMAGES), model.segment(IMAGES, [1.0, 0.5], flip=True),
-        *(model.localize(IMAGES, kind, [1.0, 0.5], flip=True) for kind in ("cam", "lam")),
-    ]  # fmt: skip
+    maps = model.maps(IMAGES, dict.fromkeys(("seg", "cam", "lam"), MapPlan((1.0, 0.5), flip=True)), None)
+    return [model.classify(IMAGES), *maps.values()]
 
 
 def test_round_trip_to_the_last_bit(weights, tmp_path):
@@ -52,7 +51,9 @@ def test_round_trip_to_the_last_bit(weights, tmp_path):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs(model), own, strict=True))
         assert model.classes == ("nut", "bolt") and model.config.evaluate.bkg == 0.25 and not model.training
     assert not third.config.evaluate.flip
-    assert torch.equal(second(IMAGES), second.segment(IMAGES, [1.0], flip=False))
+    by_name = second.maps(IMAGES, ["cam", "seg"])
+    assert by_name.keys() == {"cam", "seg"} and torch.equal(second(IMAGES), by_name["seg"])
+    assert torch.equal(by_name["seg"], second.method.maps(IMAGES, {"seg": MapPlan((1.0,), flip=False)}, None)["seg"])
     assert (tmp_path / "shared/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
 
 
@@ -64,6 +65,9 @@ def test_what_a_saved_folder_says(weights, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\n") and "pipeline_tag: image-segmentation" in card
     assert "# more, vit_tiny_patch16_224" in card and "from 1 on: nut, bolt." in card and "{{" not in card
+    assert 'model.maps(images, ["seg"])' in card
+    assert "| `lam` | LAM | (B, K, H, W) in [0, 1] |\n" in card
+    assert "| `seg` | segmentation | (B, K+1, H, W) scores, background first |\n" in card
 
 
 def test_a_folder_with_other_weights_is_refused(weights, tmp_path):
@@ -74,16 +78,18 @@ def test_a_folder_with_other_weights_is_refused(weights, tmp_path):
         HubMethod.from_pretrained(tmp_path)
 
 
-def test_torch_hub_from_another_folder(weights, tmp_path):
+@pytest.mark.parametrize("entry", ["more", "load"])
+def test_torch_hub_from_another_folder(weights, tmp_path, entry):
     torch.save(outputs(open_checkpoint(str(weights)).method), tmp_path / "own.pt")
     code = f"""
 import torch
 torch.set_num_threads(1)
-model = torch.hub.load({str(ROOT)!r}, "more", source="local", weights={str(weights)!r}, overrides=["evaluate.crf=true"])
+settings = ["evaluate.crf=true"]
+model = torch.hub.load({str(ROOT)!r}, {entry!r}, source="local", weights={str(weights)!r}, overrides=settings)
 images = torch.linspace(-2, 2, 3 * 40 * 48).reshape(1, 3, 40, 48)
-made = [model.classify(images), model.segment(images, [1.0, 0.5], flip=True),
-        *(model.localize(images, kind, [1.0, 0.5], flip=True) for kind in ("cam", "lam"))]
-for ours, theirs in zip(made, torch.load("own.pt"), strict=True):
+from model.method import MapPlan
+maps = model.maps(images, dict.fromkeys(("seg", "cam", "lam"), MapPlan((1.0, 0.5), flip=True)))
+for ours, theirs in zip([model.classify(images), *maps.values()], torch.load("own.pt"), strict=True):
     torch.testing.assert_close(ours, theirs)
 print(model.classes, model.config.evaluate.crf)
 """

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from datasets import coco, voc
 from engine.checkpoints.files import save_weights
 from engine.checkpoints.opening import checkpoint_config, find_checkpoint, from_hub, open_checkpoint
+from engine.config import SCHEMA, load_config, portable, save_config
 from model import build_method
+from model.method import MapPlan
 from model.more.official import official_shapes
-from utils.config import load_config, portable, save_config
 from utils.errors import UserError
 
 ARGS = "{embed_dim: 32, depth: 3, num_heads: 2, img_size: 32, patch_size: 8}"
@@ -39,10 +39,10 @@ def test_one_file_opens_anywhere(tmp_path):
     assert opened.config.evaluate.bkg == 0.25 and not opened.config.evaluate.flip and opened.config.data.root is None
     assert opened.config_name == str(tmp_path / "w.safetensors")
     images = torch.randn(1, 3, 40, 48)
-    for kind in ("cam", "lam"):
-        theirs = opened.method.localize(images, kind, [1.0, 0.5], flip=True)
-        assert torch.equal(theirs, method.localize(images, kind, [1.0, 0.5], flip=True))
-    assert torch.equal(opened.method.segment(images, [1.0], flip=True), method.segment(images, [1.0], flip=True))
+    plan = MapPlan((1.0, 0.5), flip=True)
+    plans = {"cam": plan, "lam": plan, "seg": MapPlan(flip=True)}
+    theirs, ours = (one.maps(images, plans, None) for one in (opened.method, method))
+    assert theirs.keys() == plans.keys() and all(torch.equal(theirs[kind], ours[kind]) for kind in plans)
     assert same_weights(opened.method, method)
 
 
@@ -154,6 +154,21 @@ def test_settings_that_are_not_ours_are_named(tmp_path):
         open_checkpoint(str(tmp_path / "w.safetensors"))
 
 
+def test_a_file_of_the_first_schema_opens(tmp_path):
+    """Its header has no number of a schema, and former names of keys and of values."""
+    method, config = make()
+    settings = portable(config)
+    del settings["schema"], settings["evaluate"]["scales"]
+    former = {"cam_scales": [1.0, 0.5], "lam_scales": [0.75], "seg_scales": [1.25], "predict_from": "segmentation"}
+    settings["evaluate"] |= former
+    settings["data"]["augmentation"] = "voc"
+    save_weights(tmp_path / "w.safetensors", method, {"classes": NAMES, "settings": settings})
+    opened = open_checkpoint(str(tmp_path / "w.safetensors"), ["evaluate.scales.lam=[1.5]"])
+    assert opened.config.evaluate.scales == {"cam": (1.0, 0.5), "lam": (1.5,), "seg": (1.25,)}
+    assert (opened.config.evaluate.predict_from, opened.config.data.augmentation) == ("seg", "resized_crop")
+    assert same_weights(opened.method, method)
+
+
 def test_portable_settings_name_no_folder_of_the_machine():
     paths = ["data.root=data/voc", "output=/home/me/runs", "model.weights=~/vit.pth", "resume=auto",
              "data.image_labels=../labels/x.npy", "evaluate.save_labels=C:\\me\\out"]   # fmt: skip
@@ -163,5 +178,6 @@ def test_portable_settings_name_no_folder_of_the_machine():
     assert (settings["output"], settings["model"]["weights"]) == ("runs", "vit.pth")
     assert (settings["data"]["image_labels"], settings["data"]["train_split"]) == ("x.npy", "train.txt")
     assert settings["evaluate"]["save_labels"] == "out" and settings["data"]["classes"] == ["a/b"]
+    expected = {**config.model_dump(mode="json"), "schema": SCHEMA, "resume": None}
     kept = {key: value for key, value in settings.items() if key not in ("data", "model", "evaluate", "output")}
-    assert kept == {key: OmegaConf.to_container(config)[key] if key != "resume" else None for key in kept}
+    assert kept == {key: expected[key] for key in kept}

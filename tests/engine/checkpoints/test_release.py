@@ -1,6 +1,7 @@
 """A released folder: complete, checked, the same twice, without a path of the machine."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,15 @@ from safetensors.torch import load_file
 
 import utils.download
 from datasets import build_val_set
+from engine.checkpoints import release
 from engine.checkpoints.files import read_meta, save_weights
 from engine.checkpoints.opening import open_checkpoint
+from engine.config import load_config
 from engine.distributed import Ranks
 from engine.evaluation.evaluate import evaluate
 from engine.training.train import train
+from model.method import MapPlan
 from tests import tiny
-from tools import release
-from utils.config import load_config
 from utils.errors import UserError
 from utils.log import close_logger
 
@@ -77,10 +79,10 @@ def test_the_released_weights(run, out, tmp_path):
     by_run, by_header, by_folder = (open_checkpoint(str(path)) for path in (theirs, alone, out))
     assert by_header.config == by_folder.config and by_header.classes == by_run.classes
     assert by_header.config.model == by_run.config.model and by_header.config.loss == by_run.config.loss
-    assert by_header.config.data == {**by_run.config.data, "root": None}
+    assert by_header.config.data == by_run.config.data.model_copy(update={"root": None})
     images = torch.randn(1, 3, 50, 70)
-    run_lam, header_lam = (opened.method.localize(images, "lam", [1.0], True) for opened in (by_run, by_header))
-    assert torch.equal(run_lam, header_lam)
+    made = [opened.method.maps(images, {"lam": MapPlan(flip=True)}, None) for opened in (by_run, by_header)]
+    assert torch.equal(made[0]["lam"], made[1]["lam"])
     assert read_meta(ours)["val"] == read_meta(theirs)["val"]
 
 
@@ -166,6 +168,17 @@ def test_an_unfinished_run_is_refused(run, tmp_path):
         assert yaml.safe_load((tmp_path / "x" / "registry_row.yaml").read_text())["x"]["url"] is None
     finally:
         aside.rename(last)
+
+
+@pytest.mark.parametrize("length", [{"iterations": None, "epochs": 1}, {"iterations": 3}])
+def test_the_length_of_the_training_is_that_of_the_weights(run, tmp_path, length):
+    """Of a training given in epochs, too; not what the config may have been changed to."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    settings = yaml.safe_load((copy / "config.yaml").read_text())
+    settings["train"] |= length
+    (copy / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert release.release(copy, tmp_path / "x")
+    assert "| training | 2 iterations, batch 4" in (tmp_path / "x" / "README.md").read_text()
 
 
 def test_weights_that_do_not_survive_are_not_released(run, tmp_path, monkeypatch):

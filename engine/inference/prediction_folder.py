@@ -1,0 +1,116 @@
+"""One way from a checkpoint to a folder of predictions: find, open, plan, claim the folder, write every image.
+
+Beside the files stands settings.json, what they were made with: a second call with the same goes on where the first
+one stopped, every other is refused.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from datasets import EvalItem, ImageSet, build_image_set
+from engine.checkpoints.files import check_classes
+from engine.checkpoints.opening import checkpoint_config, find_checkpoint, open_checkpoint
+from engine.config import RunConfig
+from engine.distributed import Ranks, barrier, main_first
+from engine.inference.batch import Prediction
+from engine.inference.many import Written, write_predictions
+from engine.inference.plan import evaluation_plan, maps_setting
+from utils.errors import UserError
+from utils.files import replacing
+
+SETTINGS = "settings.json"
+
+
+class Predictor:
+    """An opened checkpoint with its plan.
+
+    file: the weights file. method, on the device of `ranks`; classes, K names; config; plan.
+    """
+
+    def __init__(
+        self, ranks: Ranks, checkpoint: str, settings: Sequence[str] = (), config: str | None = None,
+        kinds: Sequence[str] | None = None, default: Callable[[RunConfig], str] | None = None,
+    ) -> None:
+        """checkpoint, settings, config: as `open_checkpoint` takes them. kinds: of the maps to make; None: those that
+        the settings name in evaluate.maps, else that which `default` gives for the checkpoint's config.
+        """
+        with main_first():
+            self.file = find_checkpoint(checkpoint)
+        if kinds:
+            settings = [*settings, maps_setting(kinds)]
+        elif default is not None:
+            settings = [maps_setting([default(checkpoint_config(self.file, settings, config)[0])]), *settings]
+        method, self.classes, self.config, _ = open_checkpoint(self.file, settings, config)
+        self.ranks, self.method, self.plan = ranks, method.to(ranks.device), evaluation_plan(self.config)
+
+    def images_of(self, split: str) -> ImageSet:
+        """The images of a split of the config's data. Raises UserError for other classes than the checkpoint's."""
+        dataset = build_image_set(self.config, split)
+        check_classes(self.file, dataset.classes)
+        return dataset
+
+    def claim(self, folder: Path, overwrite: bool, depends_on: Mapping[str, Any]) -> Callable[[Path], bool]:
+        """Claims the folder; returns whether a file in it is there and of its settings.
+
+        depends_on: what the files are made with beside checkpoint, plan and model.
+        Raises UserError where the folder holds files of something else, and `overwrite` is not asked for.
+        """
+        claim_folder(folder, {**self._made_with(), **depends_on}, overwrite, self.ranks)
+        return is_finished(folder)
+
+    def write(
+        self, dataset: Dataset, write: Callable[[EvalItem, Prediction], None], finished: Callable[[str], bool],
+        title: str,
+    ) -> Written:
+        """`write_predictions` with the checkpoint's method, plan and config."""
+        return write_predictions(self.method, dataset, self.plan, self.ranks, self.config, write, finished, title)
+
+    def _made_with(self) -> dict:
+        """What predictions depend on beside the images: the weights file (name, size, time), the plan, the model."""
+        about, model = Path(self.file).stat(), self.config.model.model_dump()
+        del model["weights"]   # those it once started from
+        checkpoint = [Path(self.file).name, about.st_size, about.st_mtime_ns]
+        plan = {**self.plan._asdict(), "kinds": list(self.plan.kinds)}
+        return {"checkpoint": checkpoint, **plan, "model": model}
+
+
+def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) -> None:
+    """Notes in FOLDER/settings.json what its files are made with, so that a second run may go on with them.
+
+    Raises UserError, unless `overwrite` is asked for, where they were made with other settings, naming what differs,
+    and where the folder holds files and no such note.
+    """
+    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
+    if ranks.rank == 0:
+        earlier = None if overwrite else _read_settings(path)
+        if earlier is None and not overwrite and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder}: holds files that are not of this tool; give another folder, or --overwrite")
+        for key in {**settings, **earlier} if earlier is not None else ():
+            if earlier.get(key) != settings.get(key):
+                raise UserError(
+                    f"{folder}: its files were made with {key} = {earlier.get(key)}, not {settings.get(key)};"
+                    " give another folder, or --overwrite"
+                )
+        if earlier is None:
+            with replacing(path) as part:
+                part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    barrier()
+
+
+def is_finished(folder: Path) -> Callable[[Path], bool]:
+    """Whether a file is there and not older than FOLDER/settings.json, which an overwriting run writes anew."""
+    since = (folder / SETTINGS).stat().st_mtime_ns
+    return lambda file: file.is_file() and file.stat().st_mtime_ns >= since
+
+
+def _read_settings(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path}: cannot be read; give another folder, or --overwrite") from None
