@@ -13,10 +13,10 @@ from pathlib import Path
 if __name__ == "__main__":   # Python looks in this folder first, where this file hides the package `report`
     sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
-from engine.launch import run_script  # noqa: E402
-from report.page import write_page  # noqa: E402
-from report.run import read_runs  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from engine.launch import run_script
+from report.page import write_page
+from report.run import read_runs
+from utils.errors import UserError
 
 
 def main(argv: list[str]) -> None:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.method import MapPlan
-from model.more.method import MoRe
+from model.more.method import FUSIONS, MoRe
+from model.multi_scale import SUM_OF_POSITIVE
 
 Coarse = Callable[[Tensor], Tensor]   # images -> maps (B, C, h, w)
 
@@ -26,12 +27,14 @@ class PlainMaps(MoRe):
             def coarse(inputs: Tensor, kind: str = kind) -> Tensor:
                 return self.network.coarse_maps(inputs, [kind])[kind]
 
-            own = plain_segmentation if self.kinds[kind].background else plain_localization
-            made[kind] = own(coarse, images, plan, **({"positive": True} if kind == "cam" else {}))
+            if self.kinds[kind].background:
+                made[kind] = plain_segmentation(coarse, images, plan)
+            else:
+                made[kind] = plain_localization(coarse, images, plan, positive=FUSIONS[kind] == SUM_OF_POSITIVE)
         return made
 
 
-def plain_localization(coarse: Coarse, images: Tensor, plan: MapPlan, positive: bool = False) -> Tensor:
+def plain_localization(coarse: Coarse, images: Tensor, plan: MapPlan, positive: bool) -> Tensor:
     """Maps (B, C, H, W) in [0, 1]: the sum over scales of the larger of image and mirror. positive: what is above 0.
 
     As released, the image becomes a square first, and the scales are made from it.

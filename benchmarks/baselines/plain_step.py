@@ -42,16 +42,16 @@ class PlainMoRe(MoRe):
             plain_samples(label, order, c.uncertain_tokens)
             for label, order in zip(pseudo["uncertain"], self._orders(batch, out.patches), strict=True)
         ]
-        return {
-            "cls": F.multilabel_soft_margin_loss(out.class_logits, batch.labels),
-            "cls_aux": F.multilabel_soft_margin_loss(out.aux_logits, batch.labels),
-            "token": token_loss(out.class_tokens, c.token_temperature),
-            "ptc": ptc_loss(out.patches, pseudo["ptc"]),
-            "certain": plain_certain_loss(out, pseudo["certain"], batch.labels, c.certain_temperature),
-            "uncertain": plain_uncertain_loss(out, tokens, batch.labels),
-            "seg": plain_segmentation_loss(logits, pseudo["pixel"]),
-            "energy": plain_energy_loss(logits, batch.images, pseudo["pixel"], c, self.host_filter),
-        }
+        return dict(
+            cls=F.multilabel_soft_margin_loss(out.class_logits, batch.labels),
+            cls_aux=F.multilabel_soft_margin_loss(out.aux_logits, batch.labels),
+            token=token_loss(out.class_tokens, c.token_temperature),
+            ptc=ptc_loss(out.patches, pseudo["ptc"]),
+            certain=plain_certain_loss(out, pseudo["certain"], batch.labels, c.certain_temperature),
+            uncertain=plain_uncertain_loss(out, tokens, batch.labels),
+            seg=plain_segmentation_loss(logits, pseudo["pixel"]),
+            energy=plain_energy_loss(logits, batch.images, pseudo["pixel"], c, self.host_filter),
+        )
 
     @torch.no_grad()
     def _all_cams(self, images: Tensor) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ class PlainMoRe(MoRe):
                 maps = F.interpolate(coarse, size, mode="bilinear", align_corners=False)
                 straight, mirrored = maps.chunk(2)
                 total[index] = total[index] + torch.maximum(straight, mirrored.flip(-1)).relu()
-        return dict(zip(("cam", "cam_aux"), map(min_max, total), strict=True))
+        return dict(cam=min_max(total[0]), cam_aux=min_max(total[1]))
 
     @torch.no_grad()
     def _pixel_labels(self, cam: Tensor, batch: Batch, image: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ def test_every_key_says_where_it_is_from(capsys, tmp_path):
         "data.crop_size: 80   # in configs/more_shapes.yaml", "data.classes: [a, b]   # on the command line",
         "train.iterations: null   # on the command line, with epochs", "evaluate.scales.cam: [1.0]   # default of more",
         f"model.backbone_args.depth: 3   # in {own}", "model.registers: 4   # default (code)",
-        "model.backbone_args.patch_size: 8   # in configs/more_shapes.yaml", "evaluate.flip: true   # default (code of MoRe)",
+        "model.backbone_args.patch_size: 8   # in configs/more_shapes.yaml",
+        "evaluate.flip: true   # default (code of MoRe)",
     ):
         assert line in lines
 
