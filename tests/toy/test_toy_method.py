@@ -59,7 +59,7 @@ def test_training_by_epochs_with_sgd(run):
 
 
 def test_resume_is_exact(run, tmp_path, monkeypatch):
-    """Dropout, batch norm and momentum included: stopped in the last of six steps, after the checkpoint of the fourth."""
+    """Dropout, batch norm, momentum included: stopped in the last of six steps, after the checkpoint of the fourth."""
     root, folder = run
 
     def stopped(self, batch, iteration):
