@@ -1,4 +1,4 @@
-"""Scores the method's best kind of map, the segmentation, of a COCO checkpoint.
+"""Scores the best kind of map of a COCO checkpoint; of MoRe that is the segmentation.
 
     python tools/infer_seg_coco.py CHECKPOINT [--config NAME] data.val_split=SPLIT [key=value ...]
     bash run_evaluate_seg_coco.sh tools/infer_seg_coco.py 0,1 2 SPLIT CHECKPOINT [config=NAME] [key=value ...]

@@ -25,18 +25,19 @@ from utils.errors import UserError
 def main(argv: list[str]) -> None:
     options = parse(argv)
     dataset, masks = submission.images_to_submit(options.root, options.split), options.masks
-    ranks, kinds = setup(options.device), [options.map] if options.map else None
+    ranks, kinds, said = setup(options.device), [options.map] if options.map else None, []
     if options.checkpoint:
         masks = masks or options.output.with_name(options.output.name.partition(".")[0] + "_masks")
         settings = [*submission.data_settings(options.root), *options.settings]
         predictor = Predictor(ranks, options.checkpoint, settings, options.config, kinds, best_kind)
-        print(submission.predict_masks(predictor, masks, options.split, options.overwrite), flush=True)
+        said.append(submission.predict_masks(predictor, masks, options.split, options.overwrite))
     if ranks.rank == 0:
         submission.write_archive(options.output, masks, dataset.samples, options.competition)
-        print(f"{options.output}: {len(dataset)} images, {options.competition}, checked")
+        said.append(f"{options.output}: {len(dataset)} images, {options.competition}, checked")
         full = submission.TEST_IMAGES
         if len(dataset) != full:
-            print(f"note: the VOC 2012 test set has {full} images, the split {options.split} has {len(dataset)}")
+            said.append(f"note: the VOC 2012 test set has {full} images, the split {options.split} has {len(dataset)}")
+        print("\n".join(said))
     cleanup()
 
 

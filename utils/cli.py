@@ -41,7 +41,8 @@ class CheckpointParser(Parser):
 
         nargs: `?` where the tool has something to do without a checkpoint.
         """
-        super().__init__(text, usage=f"%(prog)s CHECKPOINT {more}[options] [key=value ...]")
+        first = "[CHECKPOINT]" if nargs else "CHECKPOINT"
+        super().__init__(text, usage=f"%(prog)s {first} {more}[options] [key=value ...]")
         self.add_argument("checkpoint", metavar="CHECKPOINT", nargs=nargs, help=CHECKPOINT)
         self.add_argument("--config", metavar="NAME", help="a config's name or file; default: the checkpoint's own")
         for name in shared:

@@ -27,12 +27,12 @@ def mask_summary(exported: Exported) -> str | None:
 
 def score_masks(exported: Exported) -> tuple[np.ndarray, int, int]:
     """Of all images with a mask: the confusion matrix without the pixels written as 255, their number, the images'."""
-    dataset, ranks = exported.dataset, exported.predictor.ranks
+    masks, dataset, ranks = exported.masks, exported.dataset, exported.predictor.ranks
     count = len(dataset.classes) + 1
     matrix, left_out, images = np.zeros((count, count), np.int64), 0, 0
     for sample in dataset.samples[ranks.rank :: ranks.world]:
         if sample.mask is not None:
-            truth, ids = read_label_map(sample.mask, count), exported.masks.read(exported.path_of(sample.name), count)
+            truth, ids = read_label_map(sample.mask, count), masks.read(exported.folder, sample.name, count)
             unsure = (ids == IGNORE) & (truth != IGNORE)
             matrix += confusion_matrix(np.where(unsure, IGNORE, truth), np.where(ids == IGNORE, 0, ids), count)
             left_out, images = left_out + int(unsure.sum()), images + 1

@@ -59,8 +59,7 @@ class Predictor:
         depends_on: what the files are made with beside checkpoint, plan and model.
         Raises UserError where the folder holds files of something else, and `overwrite` is not asked for.
         """
-        claim_folder(folder, {**self._made_with(), **depends_on}, overwrite, self.ranks)
-        return is_finished(folder)
+        return claim_folder(folder, {**self._made_with(), **depends_on}, overwrite, self.ranks)
 
     def write(
         self, dataset: Dataset, write: Callable[[EvalItem, Prediction], None], finished: Callable[[str], bool],
@@ -78,9 +77,10 @@ class Predictor:
         return {"checkpoint": checkpoint, **plan, "model": model}
 
 
-def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) -> None:
+def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) -> Callable[[Path], bool]:
     """Notes in FOLDER/settings.json what its files are made with, so that a second run may go on with them.
 
+    Returns whether a file is there and not older than that note, which an overwriting run writes anew.
     Raises UserError, unless `overwrite` is asked for, where they were made with other settings, naming what differs,
     and where the folder holds files and no such note.
     """
@@ -99,11 +99,7 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) ->
             with replacing(path) as part:
                 part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     barrier()
-
-
-def is_finished(folder: Path) -> Callable[[Path], bool]:
-    """Whether a file is there and not older than FOLDER/settings.json, which an overwriting run writes anew."""
-    since = (folder / SETTINGS).stat().st_mtime_ns
+    since = path.stat().st_mtime_ns
     return lambda file: file.is_file() and file.stat().st_mtime_ns >= since
 
 

@@ -53,8 +53,11 @@ class MaskFormat:
         own_crf = config.crf.model_dump() if config.evaluate.crf else None
         self.crf = {"backend": config.crf.backend, **IRN_CRF} if format == IRN_LABEL else own_crf
 
-    def write(self, path: Path, item: EvalItem, prediction: Prediction) -> None:
-        maps, present = prediction.maps[self.kind], prediction.present
+    def path_of(self, folder: Path, name: str) -> Path:
+        return folder / f"{name}.{self.ending}"
+
+    def write(self, folder: Path, item: EvalItem, prediction: Prediction) -> None:
+        path, maps, present = self.path_of(folder, item.name), prediction.maps[self.kind], prediction.present
         if self.format == DICTIONARY:
             save_irn(path, maps, present)
         elif self.high is None:
@@ -63,8 +66,9 @@ class MaskFormat:
             ids = confident_ids(maps, present, to_uint8(item.image), self.high, self.low, self.crf)
             write_label_png(path, ids)
 
-    def read(self, path: Path, num_ids: int) -> np.ndarray:
+    def read(self, folder: Path, name: str, num_ids: int) -> np.ndarray:
         """The ids uint8 (H, W) of a written file; those of a dictionary at evaluate.bkg."""
+        path = self.path_of(folder, name)
         return irn_ids(path, self.bkg) if self.format == DICTIONARY else read_label_map(path, num_ids)
 
 
@@ -77,9 +81,6 @@ class Exported(NamedTuple):
     dataset: ImageSet
     split: str
     written: Written
-
-    def path_of(self, name: str) -> Path:
-        return mask_path(self.folder, name, self.masks)
 
 
 def export_masks(
@@ -100,14 +101,10 @@ def export_masks(
     depends_on = {**vars(masks), "split": split, "images": dataset.identity()}
     is_done = predictor.claim(folder, overwrite, depends_on)
     written = predictor.write(
-        dataset, lambda item, prediction: masks.write(mask_path(folder, item.name, masks), item, prediction),
-        lambda name: is_done(mask_path(folder, name, masks)), "export",
+        dataset, lambda item, prediction: masks.write(folder, item, prediction),
+        lambda name: is_done(masks.path_of(folder, name)), "export",
     )
     return Exported(folder, masks, predictor, dataset, split, written)
-
-
-def mask_path(folder: Path, name: str, masks: MaskFormat) -> Path:
-    return folder / f"{name}.{masks.ending}"
 
 
 def confident_ids(

@@ -38,7 +38,7 @@ def images_to_submit(root: str, split: str) -> ImageSet:
 
 
 def predict_masks(predictor: Predictor, folder: Path, split: str, overwrite: bool) -> str:
-    """Fills a folder with the label PNGs of a checkpoint, by the last row of its plan; a line that says what it is."""
+    """Fills a folder with the label PNGs of a checkpoint, by the last row of its plan; returns a line that says so."""
     dataset, row = predictor.images_of(split), predictor.plan.rows[-1]
     check_classes(predictor.file, CLASSES)
     is_done = predictor.claim(folder, overwrite, {"images": dataset.identity()})
