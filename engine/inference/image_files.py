@@ -1,6 +1,6 @@
 """Predictions for images that a user names, without masks: label maps, overlays, heat maps, class scores.
 
-    FOLDER/json/NAME.json            written last: class scores, present classes, share of the pixels a class
+    FOLDER/json/NAME.json            written last: class scores, present classes, share of the pixels of each class
     FOLDER/labels/KIND/NAME.png      ids in the VOC palette, at the image's size; KIND_crf after the dense CRF
     FOLDER/overlays/KIND/NAME.jpg    the same over the image
     FOLDER/heat/KIND/CLASS/NAME.jpg  of every present class, for kinds of maps that a threshold decides
@@ -16,10 +16,9 @@ import torch
 
 from datasets import FileItem, ImageFiles, unique_names
 from engine.inference.batch import Prediction
-from engine.inference.many import Written
 from engine.inference.pictures import save_picture
 from engine.inference.plan import Plan, row_name
-from engine.inference.prediction_folder import Predictor
+from engine.inference.prediction_folder import Predictor, Written
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import heatmap, overlay, to_uint8, write_label_png

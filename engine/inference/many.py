@@ -1,37 +1,22 @@
-"""A method over many images: batches of one size, threads, processes."""
+"""A method over many images: batches of one size, several at once in threads."""
 
 import itertools
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
-from datasets import EvalItem, Unreadable
-from engine.config import RunConfig
-from engine.distributed import Ranks, gather, loader_workers, use_tf32
+from datasets import EvalItem
 from engine.inference.batch import Prediction, evaluation_mode, predict_batch
 from engine.inference.plan import Plan
 from model.method import Method
 
 GPU_BATCH, GPU_PIXELS = 8, 2_000_000   # of the images that a GPU computes together: the number, and at most so many
 WAITING = 8
-
-
-class Written(NamedTuple):
-    """What `write_predictions` did in all processes: images written, found done already, not readable; its seconds."""
-
-    written: int
-    skipped: int
-    failed: int
-    seconds: float
 
 
 @contextmanager
@@ -56,40 +41,6 @@ def over_images(
 
     with evaluation_mode(method), image_threads(device, at_once) as threads:
         yield itertools.chain.from_iterable(in_threads(computed, same_size(items, together), threads, device))
-
-
-def write_predictions(
-    method: Method, dataset: Dataset, plan: Plan, ranks: Ranks, config: RunConfig,
-    write: Callable[[EvalItem, Prediction], None], finished: Callable[[str], bool], title: str,
-) -> Written:
-    """Calls write(item, prediction) for every image of `dataset` that is not finished(name), with a bar.
-
-    dataset: with `names`; an item is an EvalItem or `Unreadable`, which is reported and counted. Rank r takes the
-    images r, r + world, ... One image alone is computed with all threads of the CPU.
-    """
-    started, share = time.perf_counter(), range(ranks.rank, len(dataset), ranks.world)
-    todo = [index for index in share if not finished(dataset.names[index])]
-    use_tf32(config.train.tf32)
-    workers = loader_workers(config, ranks) if len(todo) > 1 else 0
-    loader = DataLoader(Subset(dataset, todo), batch_size=None, collate_fn=as_is, num_workers=workers)
-    failed = []
-
-    def readable() -> Iterator[EvalItem]:
-        for item in loader:
-            if isinstance(item, Unreadable):
-                failed.append(item)
-                tqdm.write(item.reason, file=sys.stderr)
-                bar.update()
-            else:
-                yield item
-
-    bar = tqdm(desc=title, total=len(todo), unit="image", disable=ranks.rank != 0, dynamic_ncols=True)
-    at_once, batch_size = 1 if len(todo) == 1 else None, config.evaluate.images_at_once
-    with bar, over_images(method, readable(), plan, ranks.device, write, batch_size, at_once) as done:
-        for _ in done:
-            bar.update()
-    own = len(todo) - len(failed), len(share) - len(todo), len(failed)
-    return Written(*map(sum, zip(*gather(own), strict=True)), time.perf_counter() - started)
 
 
 def same_size(items: Iterable[EvalItem], together: Callable[[torch.Size], int]) -> Iterator[list[EvalItem]]:

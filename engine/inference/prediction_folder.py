@@ -5,24 +5,36 @@ one stopped, every other is refused.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
 
-from datasets import EvalItem, ImageSet, build_image_set
+from datasets import EvalItem, ImageSet, Unreadable, build_image_set
 from engine.checkpoints.files import check_classes
 from engine.checkpoints.opening import checkpoint_config, find_checkpoint, open_checkpoint
 from engine.config import RunConfig
-from engine.distributed import Ranks, barrier, main_first
+from engine.distributed import Ranks, barrier, gather, loader_workers, main_first, use_tf32
 from engine.inference.batch import Prediction
-from engine.inference.many import Written, write_predictions
+from engine.inference.many import as_is, over_images
 from engine.inference.plan import evaluation_plan, maps_setting
 from utils.errors import UserError
 from utils.files import replacing
 
 SETTINGS = "settings.json"
+
+
+class Written(NamedTuple):
+    """What `Predictor.write` did in all processes: images written, found done already, not readable; its seconds."""
+
+    written: int
+    skipped: int
+    failed: int
+    seconds: float
 
 
 class Predictor:
@@ -65,8 +77,35 @@ class Predictor:
         self, dataset: Dataset, write: Callable[[EvalItem, Prediction], None], finished: Callable[[str], bool],
         title: str,
     ) -> Written:
-        """`write_predictions` with the checkpoint's method, plan and config."""
-        return write_predictions(self.method, dataset, self.plan, self.ranks, self.config, write, finished, title)
+        """Calls write(item, prediction) for every image of `dataset` that is not finished(name), with a bar.
+
+        dataset: with `names`; an item is an EvalItem or `Unreadable`, which is reported and counted. Rank r takes the
+        images r, r + world, ... One image alone is computed with all threads of the CPU.
+        """
+        started, ranks = time.perf_counter(), self.ranks
+        share = range(ranks.rank, len(dataset), ranks.world)
+        todo = [index for index in share if not finished(dataset.names[index])]
+        use_tf32(self.config.train.tf32)
+        workers = loader_workers(self.config, ranks) if len(todo) > 1 else 0
+        loader = DataLoader(Subset(dataset, todo), batch_size=None, collate_fn=as_is, num_workers=workers)
+        failed = []
+
+        def readable() -> Iterator[EvalItem]:
+            for item in loader:
+                if isinstance(item, Unreadable):
+                    failed.append(item)
+                    tqdm.write(item.reason, file=sys.stderr)
+                    bar.update()
+                else:
+                    yield item
+
+        bar = tqdm(desc=title, total=len(todo), unit="image", disable=ranks.rank != 0, dynamic_ncols=True)
+        at_once, batch_size = 1 if len(todo) == 1 else None, self.config.evaluate.images_at_once
+        with bar, over_images(self.method, readable(), self.plan, ranks.device, write, batch_size, at_once) as done:
+            for _ in done:
+                bar.update()
+        own = len(todo) - len(failed), len(share) - len(todo), len(failed)
+        return Written(*map(sum, zip(*gather(own), strict=True)), time.perf_counter() - started)
 
     def _made_with(self) -> dict:
         """What predictions depend on beside the images: the weights file (name, size, time), the plan, the model."""

@@ -10,9 +10,8 @@ from torch import Tensor
 from datasets import EvalItem, ImageSet
 from engine.config import RunConfig
 from engine.inference.batch import Prediction, present_ids, threshold
-from engine.inference.many import Written
 from engine.inference.plan import seed_kind
-from engine.inference.prediction_folder import Predictor
+from engine.inference.prediction_folder import Predictor, Written
 from model import METHODS
 from model.multi_scale import resize
 from utils.crf import dense_crf

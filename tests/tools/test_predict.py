@@ -145,6 +145,25 @@ def test_crf_on_small_images(checkpoint, tmp_path, one_thread):
             np.testing.assert_array_equal(np.asarray(drawn), ids)
 
 
+def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(3):
+        picture(index).save(images / f"{index}.png")
+    (images / "broken.png").write_bytes(b"none")
+    arguments = [str(checkpoint), str(images), "--kinds", "cam", "--device", "cpu", "--output"]
+    with pytest.raises(SystemExit):
+        tool.main([*arguments, str(tmp_path / "one")])
+    command = [sys.executable, "engine/launch.py", "tools/predict.py", "cpu", "2", "auto", *arguments]
+    command += [str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and "3 written, 0 there already, 1 not readable" in done.stdout, done.stderr
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert files(one).keys() == files(two).keys()
+    for name in files(one):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
 def test_resuming(checkpoint, tmp_path, capsys):
     for index in range(4):
         picture(index).save(tmp_path / f"{index}.png")
