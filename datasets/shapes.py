@@ -1,6 +1,7 @@
 """Generated images: six classes of shape and texture on cluttered backgrounds, with exact masks, in the VOC layout.
 
-Colours are random everywhere, so a class is told by its outline and its texture alone. One image depends on
+Colours are random everywhere, so a class is told by its outline and its texture alone. As on photographs, a texture is
+weaker than the border of its object: every object stands out from what lies around it. One image depends on
 (seed, split, index) and nothing else.
 """
 
@@ -20,7 +21,7 @@ from utils.images import write_label_png
 __all__ = ["CLASSES", "draw", "generate", "list_folders", "read_samples"]
 
 CLASSES = ("disc", "square", "triangle", "star", "cross", "ring")
-VERSION = 1  # of the drawing code: raise it when images change
+VERSION = 2  # of the drawing code: raise it when images change
 SPLITS = ("train", "val")
 
 _MANIFEST, _MARKER = "shapes.json", ".generating"
@@ -31,6 +32,8 @@ _JPEG = [
 _FINE = 4  # outlines are drawn so much finer, then averaged
 _COUNTS = (0.3, 0.35, 0.2, 0.15)  # probability of 1, 2, 3, 4 objects
 _MAX_HIDDEN = 0.35  # largest share of an object that later ones may cover
+_STANDS_OUT = 0.35  # RGB distance of an object's colour from 9 in 10 pixels around it
+_TEXTURE = 0.10  # largest difference of a texture from the object's colour, a channel
 
 
 def generate(root: Path, seed: int, train: int, val: int, size: int) -> None:
@@ -144,12 +147,17 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0]
 
 
-def _two_tones(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two random colours whose luminance differs by 0.35 at least, in random order."""
-    while True:
-        first, second = _colour(rng), _colour(rng)
-        if abs((first - second) @ np.array([0.299, 0.587, 0.114])) >= 0.35:
-            return first, second
+def _colour_apart(rng: np.random.Generator, others: np.ndarray) -> np.ndarray:
+    """The first of 20 random colours that is _STANDS_OUT away from 9 in 10 of `others` (n, 3), else the farthest."""
+    best, farthest = None, -1.0
+    for _ in range(20):
+        colour = _colour(rng)
+        distance = np.quantile(np.linalg.norm(others - colour, axis=1), 0.1)
+        if distance > farthest:
+            best, farthest = colour, distance
+        if distance >= _STANDS_OUT:
+            break
+    return best
 
 
 def _noise(rng: np.random.Generator, size: int, cells: int, channels: int) -> np.ndarray:
@@ -222,11 +230,13 @@ def _paint(rng: np.random.Generator, image: np.ndarray, kind: int, place: dict, 
     u, v = x * cos + y * sin, y * cos - x * sin
     period = max(4.5, size * rng.uniform(0.06, 0.085))
     pattern = _texture(kind, u, v, place["radius"], period, rng.uniform(0, 2 * np.pi))
-    tone = 1 / (1 + np.exp(-5 * pattern))[..., None]
-    first, second = _two_tones(rng)
-    surface = first * (1 - tone) + second * tone
-    surface = surface * (1 - 0.15 * ((x + y) / (2 * place["radius"])).clip(-1, 1))[..., None]  # light from above left
     offset = size * 0.02
     moved = cv2.warpAffine(alpha, np.array([[1, 0, offset], [0, 1, offset]]), (size, size))
     shadow = 0.4 * cv2.GaussianBlur(moved, (0, 0), size * 0.018)[..., None]
-    return image * (1 - shadow) * (1 - alpha[..., None]) + surface * alpha[..., None]
+    image = image * (1 - shadow)
+    around = (cv2.dilate(alpha, np.ones((5, 5), np.uint8)) > 0) & (alpha == 0)
+    tint = _TEXTURE * rng.choice((-1, 1)) * rng.uniform(0.6, 1, 3)
+    surface = _colour_apart(rng, image[around]) + tint * np.tanh(2.5 * pattern)[..., None]
+    surface = surface + 0.03 * _noise(rng, size, 4, 3)
+    surface = surface * (1 - 0.12 * ((x + y) / (2 * place["radius"])).clip(-1, 1))[..., None]  # light from above left
+    return image * (1 - alpha[..., None]) + surface * alpha[..., None]

@@ -3,10 +3,16 @@
 import json
 import multiprocessing
 
+import cv2
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from datasets import shapes
+from model.multi_scale import resize
+from model.pseudo_labels import refined_labels
+from utils.config import load_config
 from utils.errors import UserError
 from utils.images import read_label_map, read_rgb
 
@@ -40,6 +46,52 @@ def test_pictures_are_as_described():
         shares.append((label_map > 0).mean())
     assert len(shapes.CLASSES) >= 6 and counts.min() >= 5
     assert 0.1 < np.mean(shares) < 0.4
+
+
+def test_borders_are_stronger_than_textures():
+    """As on photographs: the steps between neighbouring pixels at a border are several times those of a texture."""
+    steps = {"border": [], "inside": []}
+    for index in range(40):
+        image, label_map = shapes.draw(0, "train", index, 128)
+        image, label_map = image.astype(np.float32), label_map.astype(int)
+        for axis in (0, 1):
+            step = np.abs(np.diff(image, axis=axis)).mean(2)
+            border = np.diff(label_map, axis=axis) != 0
+            near = cv2.dilate(border.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+            objects = (label_map[1:] if axis == 0 else label_map[:, 1:]) > 0
+            steps["border"].append(step[border])
+            steps["inside"].append(step[objects & ~near])
+    border, inside = (np.concatenate(values) for values in steps.values())
+    assert border.mean() > 4 * inside.mean()
+    assert np.median(border) > np.quantile(inside, 0.95)
+
+
+def test_colour_alone_does_not_tell_the_class():
+    """The nearest of the classes' mean colours, learned from 150 images, is right hardly more often than chance."""
+    colours, kinds = [], []
+    for index in range(300):
+        image, label_map = shapes.draw(0, "train", index, 64)
+        for kind in np.unique(label_map)[1:]:
+            colours.append(image[label_map == kind].mean(0))
+            kinds.append(kind)
+    colours, kinds, half = np.array(colours), np.array(kinds), len(kinds) // 2
+    means = np.array([colours[:half][kinds[:half] == kind].mean(0) for kind in range(1, len(shapes.CLASSES) + 1)])
+    nearest = np.linalg.norm(colours[half:, None] - means, axis=2).argmin(1) + 1
+    assert (nearest == kinds[half:]).mean() < 1 / len(shapes.CLASSES) + 0.1
+
+
+def test_refinement_sharpens_a_coarse_map(one_thread):
+    """PAR as configs/default.yaml has it brings the mask, known only as shares of 8-pixel patches, nearer to itself."""
+    config = load_config().pseudo_labels
+    wrong = {0: 0.0, config.par_iterations: 0.0}
+    for index in range(20):
+        image, label_map = map(torch.from_numpy, shapes.draw(0, "train", index, 80))
+        objects = F.one_hot(label_map.long(), len(shapes.CLASSES) + 1).permute(2, 0, 1)[None, 1:].float()
+        coarse, labels = resize(F.avg_pool2d(objects, 8), label_map.shape), objects.amax((2, 3))
+        for iterations in wrong:
+            given = (coarse, labels, image.permute(2, 0, 1)[None] / 255, 0.5, 0.5, config.par_dilations, iterations)
+            wrong[iterations] += (refined_labels(*given)[0] != label_map).float().mean().item() / 20
+    assert wrong[config.par_iterations] < 0.7 * wrong[0]
 
 
 def test_written_in_the_voc_layout(tmp_path):

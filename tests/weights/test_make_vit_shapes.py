@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from model import build_method
-from tools import make_shapes_weights
 from utils.config import load_config
+from weights import make_vit_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 6
@@ -33,7 +33,7 @@ def test_the_script_makes_weights_the_demo_starts_from(config, tmp_path):
     out = tmp_path / "new" / "weights.safetensors"
     arguments = ["--images", "16", "--iterations", "2", "--batch", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tools/make_shapes_weights.py", str(out), *arguments]
+    command = [sys.executable, "weights/make_vit_shapes.py", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "held-out" in done.stdout and str(out) in done.stdout
@@ -46,7 +46,7 @@ def test_loss_terms():
     """Against a loop: the token, the mean of the largest patches, and the lower half of the patches, a class."""
     of_token, of_patches = torch.randn(2, CLASSES), torch.randn(2, 6, CLASSES)
     labels = torch.randint(2, (2, CLASSES)).float()
-    token, patches, lower = make_shapes_weights.loss_terms(of_token, of_patches, labels, top=2)
+    token, patches, lower = make_vit_shapes.loss_terms(of_token, of_patches, labels, top=2)
     terms = {"token": [], "patches": [], "lower": []}
     for b in range(2):
         for k in range(CLASSES):
@@ -59,9 +59,9 @@ def test_loss_terms():
 
 
 def test_images_of_the_weights_are_not_those_of_the_demo(config):
-    images, labels = make_shapes_weights.images_and_labels(4)
-    again, _ = make_shapes_weights.images_and_labels(4)
-    assert config.data.shapes.seed != make_shapes_weights.SEED
+    images, labels = make_vit_shapes.images_and_labels(4)
+    again, _ = make_vit_shapes.images_and_labels(4)
+    assert config.data.shapes.seed != make_vit_shapes.SEED
     assert torch.equal(images, again) and images.dtype == torch.uint8
     assert labels.shape == (4, CLASSES) and set(labels.unique().tolist()) <= {0.0, 1.0} and labels.any(1).all()
 

@@ -1,11 +1,12 @@
 """Makes the start weights of the demo: a small ViT that learned image-level labels of generated shapes.
 
-    python tools/make_shapes_weights.py FIRST
-    python tools/make_shapes_weights.py OUT --start FIRST --top 4 --area 1 --iterations 500 --lr 5e-4
+    PYTHONPATH=. python weights/make_vit_shapes.py FIRST
+    PYTHONPATH=. python weights/make_vit_shapes.py OUT --start FIRST --top 4 --area 1 --iterations 500 --lr 5e-4
 
 The counterpart of ImageNet weights for `data.name=shapes`: the images come from another seed than any the demo uses,
 and only the labels of whole images are read, no mask. The second call teaches where the evidence lies: a present class
-needs several patches that show it, and at least half of the patches show none.
+needs several patches that show it, and at least half of the patches show none. README.md beside this file has the calls
+that made the shipped weights.
 """
 
 import argparse
