@@ -164,7 +164,7 @@ def layers_of(name: str | os.PathLike | None, overrides: Sequence[str] = ()) -> 
     return _stacked([] if name is None else list(_files(find_config(name), ())), overrides)
 
 
-def schema_of(method: str, source: str) -> type[RunConfig]:
+def schema_of(method: str, source: str = "by default") -> type[RunConfig]:
     """The keys of a run with this method. source: who names it. Raises UserError for an unknown one."""
     if method not in METHODS:
         raise UserError(f"method = {method} {source}: expected {' or '.join(METHODS)}{did_you_mean(method, METHODS)}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from datasets import shapes
 from model.multi_scale import resize
 from model.pseudo_labels import refined_labels
-from utils.config import load_config
+from engine.config import load_config
 from utils.errors import UserError
 from utils.images import read_label_map, read_rgb
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import build_method
-from utils.config import load_config
+from engine.config import load_config
 from weights import make_vit_shapes
 
 ROOT = Path(__file__).resolve().parents[2]

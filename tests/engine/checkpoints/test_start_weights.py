@@ -17,7 +17,7 @@ from engine.training.train import train
 from tests import tiny
 from tests.faulty_server import Answer, FaultyServer
 from utils import download
-from utils.config import load_config
+from engine.config import load_config
 from utils.errors import UserError
 from utils.log import close_logger
 
