@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines.plain_maps import PlainMaps
 from benchmarks.measure import CLASSES, batch_of, interleaved, load_images, median_ratio, seconds_of
@@ -38,7 +39,7 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
 
 
 def measure_maps(options: argparse.Namespace, batch: int) -> dict:
-    """The measured part of a row: seconds an image, their ratio, and the share of pixels with another label."""
+    """The measured part of a row: seconds an image, operations, and the share of pixels with another label."""
     if options.device == "cpu":
         torch.set_num_threads(max(options.threads))
     backbone = [f"model.backbone={options.backbone}", "model.weights=random"]
@@ -49,12 +50,17 @@ def measure_maps(options: argparse.Namespace, batch: int) -> dict:
     plain.load_state_dict(ours.state_dict())
     given, plan = batch_of(load_images(options.images, batch, *SIZE), options.device), evaluation_plan(config)
     calls = {"plain": partial(predictions, plain, given, plan), "ours": partial(predictions, ours, given, plan)}
-    found = {name: call() for name, call in calls.items()}   # warms up
+    found, flops = {}, {}
+    for name, call in calls.items():   # warms up
+        with FlopCounterMode(display=False) as counter:
+            found[name] = call()
+        flops[name] = counter.get_total_flops() / batch
     repeats = options.repeats or 3
     times = interleaved({name: partial(seconds_of, call, options.device) for name, call in calls.items()}, repeats)
     seconds = {name: statistics.median(spent) / batch for name, spent in times.items()}
     ratio = median_ratio(times["plain"], times["ours"])
-    return {"repeats": repeats, "seconds": seconds, "ratio": ratio, "difference": difference(**found)}
+    measured = {"repeats": repeats, "seconds": seconds, "ratio": ratio, "flops": flops}
+    return {**measured, "difference": difference(**found)}
 
 
 def predictions(method: MoRe, given: Batch, plan: Plan) -> list[Prediction]:
@@ -72,6 +78,8 @@ def print_row(row: dict) -> None:
     if not row.get("measured", True):
         print("  not measured: no GPU")
         return
-    seconds = row["seconds"]
+    seconds, flops = row["seconds"], {name: count / 1e9 for name, count in row["flops"].items()}
     print(f"  an image: plain {seconds['plain']:.3f} s, ours {seconds['ours']:.3f} s, medians of {row['repeats']}: "
-          f"{row['ratio']:.2f} times as fast; {row['difference']:.1e} of the labels differ", flush=True)
+          f"{row['ratio']:.2f} times as fast; {row['difference']:.1e} of the labels differ")
+    print(f"  plain {flops['plain']:.0f} GFLOP, ours {flops['ours']:.0f}: {flops['plain'] / flops['ours']:.2f} times "
+          "as many", flush=True)

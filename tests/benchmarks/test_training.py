@@ -62,6 +62,7 @@ def test_evaluate(written):
     output, rows = written
     (row,) = (row for row in rows if row["benchmark"] == "evaluate")
     assert set(row["seconds"]) == {"plain", "ours"} and row["ratio"] > 0 and row["difference"] < 1e-4
+    assert row["flops"]["plain"] > 1.6 * row["flops"]["ours"]   # what makes it faster, on a busy machine, too
     assert f"{row['ratio']:.2f} times as fast" in output
 
 
