@@ -257,11 +257,13 @@ def _settings(rows: list[dict]) -> dict[str, Any]:
         "evaluate.predict_from": "predicted_from",
     }
     settings = {key: first[name] for key, name in told.items() if name in first}
-    method, maps = method_of(rows[0]), list(dict.fromkeys(str(row["map"]) for row in rows))
-    settings |= {"evaluate.maps": maps, "evaluate.crf": any(row.get("crf") for row in rows)}
-    thresholded = [kind for kind, declared in kinds_of(method).items() if not declared.background]
-    scales = (row.get("scales") or () for row in rows if row["map"] in thresholded)
-    settings["evaluate.multi_scale"] = any(len(found) > 1 for found in scales)
+    method, scales = method_of(rows[0]), {str(row["map"]): row.get("scales") or [1.0] for row in rows}
+    settings |= {"evaluate.maps": list(scales), "evaluate.crf": any(row.get("crf") for row in rows)}
+    multi = [kind for kind, declared in kinds_of(method).items() if kind in scales and not declared.background]
+    if not all(len(scales[kind]) > 1 for kind in multi):
+        multi = []
+    settings["evaluate.multi_scale"] = bool(multi)
+    settings |= {"evaluate.multi_scales" if k in multi else f"evaluate.scales.{k}": scales[k] for k in scales}
     return dict(leaves(up_to_date(settings, "in results.json", method)))
 
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from datasets import shapes
 from datasets.labels import labels_of_mask
-from model.multi_scale import resize
 from engine.config import load_config
+from model.multi_scale import resize
 from utils.images import MEAN, STD
 
 SEED = 1_000_003            # of the images; the demo's are drawn from data.shapes.seed

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from datasets import shapes
+from engine.config import load_config
 from model.multi_scale import resize
 from model.pseudo_labels import refined_labels
-from engine.config import load_config
 from utils.errors import UserError
 from utils.images import read_label_map, read_rgb
 

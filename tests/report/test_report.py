@@ -378,6 +378,7 @@ def test_a_run_of_an_earlier_version(sound, tmp_path):
     for row in rows:
         row["image_labels"] = row["image_labels"] and "predicted"
         row["predicted_from"] = row["image_labels"] and "segmentation"
+    rows[0]["scales"] = [1.0, 0.5]
     (run / "results.json").write_text(json.dumps(rows))
     shutil.rmtree(evaluation_folder(run))
     page, read = page_of(run), read_run(run)
@@ -432,12 +433,13 @@ def test_validation_in_the_order_of_the_method(sound, tmp_path):
 
 
 def test_the_command_makes_the_rows_again(tmp_path):
-    overrides = ["evaluate.maps=[seg,cam]", "evaluate.multi_scale=true", "evaluate.flip=false", "evaluate.bkg=0.25"]
-    run = make_run(tmp_path / "run", *overrides)
+    scales = ["evaluate.multi_scale=true", "evaluate.multi_scales=[1.0,2.0]", "evaluate.scales.seg=[1.5]"]
+    run = make_run(tmp_path / "run", "evaluate.maps=[seg,cam]", *scales, "evaluate.flip=false", "evaluate.bkg=0.25")
     rows, own = results(run), read_run(run).config
     assert evaluate_command(run, rows, own).split()[5:] == ["evaluate.images=6"]
     words = evaluate_command(run, rows, {}).split()[5:]
     assert config(*words).evaluate.maps == ("seg", "cam") and config(*words).evaluate.multi_scale
+    assert config(*words).evaluate.multi_scales == (1.0, 2.0) and config(*words).evaluate.scales["seg"] == (1.5,)
     other = tmp_path / "results.json"
     assert [row["miou"] for row in evaluate(FakeMethod(), FakeSet(6), config(*words), ALONE, "w", other)] == [
         row["miou"] for row in rows

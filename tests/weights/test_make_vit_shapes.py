@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import build_method
 from engine.config import load_config
+from model import build_method
 from weights import make_vit_shapes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,20 +9,20 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from omegaconf import OmegaConf
 
 from engine.checkpoints.start_weights import start_weights
+from engine.config import load_config
 from engine.distributed import Ranks
 from engine.training.train import train
+from model.method import ModelSection
 from tests import tiny
 from tests.faulty_server import Answer, FaultyServer
 from utils import download
-from engine.config import load_config
 from utils.errors import UserError
 from utils.log import close_logger
 
 ARGS = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64, "patch_size": 8}   # as in tiny.SETTINGS
-MODEL = OmegaConf.create({"backbone": "vit_tiny_patch16_224", "backbone_args": ARGS})
+MODEL = ModelSection(backbone="vit_tiny_patch16_224", backbone_args=ARGS)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_offline_says_which_file_to_put_where(server, monkeypatch, tmp_path):
 def test_timm_gives_its_own(tmp_path, tensors):
     torch.save(tensors, tmp_path / "pretrained.pth")
     args = {**ARGS, "pretrained_cfg_overlay": {"file": str(tmp_path / "pretrained.pth"), "custom_load": False}}
-    ours = start_weights("timm", OmegaConf.create({"backbone": MODEL.backbone, "backbone_args": args}))
+    ours = start_weights("timm", ModelSection(backbone=MODEL.backbone, backbone_args=args))
     assert_equal(ours, {name: value for name, value in tensors.items() if not name.startswith("head.")})
 
 
@@ -112,7 +112,7 @@ def test_timm_has_none(backbone, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        start_weights("timm", OmegaConf.create({"backbone": backbone, "backbone_args": {"depth": 1}}))
+        start_weights("timm", ModelSection(backbone=backbone, backbone_args={"depth": 1}))
     assert str(caught.value).startswith(f"model.weights=timm: timm gives no weights for model.backbone={backbone}: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 450
 
