@@ -17,7 +17,7 @@ trained=$SECONDS
 weights=$(ls "$run"/checkpoints/iter_*.weights.safetensors | tail -n 1)
 bash run_evaluate_voc.sh "$devices" 1 "$weights" evaluate.save_overlays="$run/pictures"
 evaluated=$SECONDS
-.venv/bin/python tools/report.py "$run"
+.venv/bin/python tools/make_report.py "$run"
 
 cat <<END
 

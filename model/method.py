@@ -46,7 +46,7 @@ class Released(NamedTuple):
 class ModelSection(Section):
     """The keys of `model` that every method has: the engine fetches and loads the start weights."""
 
-    backbone: Text = key("", "each method's own")
+    backbone: Text | None = key(None, "each method's own")
     backbone_args: Free = key({}, "ours: for timm, such as {depth: 6, patch_size: 8}")
     weights: FilePath | None = key(None, "ours: a name of weights/registry.yaml, a file, timm, or random")
 

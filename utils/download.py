@@ -5,8 +5,6 @@ lie in; WSSS_MIRROR, an address that replaces the registry's; WSSS_OFFLINE=1, no
 """
 
 import contextlib
-import difflib
-import hashlib
 import json
 import logging
 import os
@@ -22,8 +20,8 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from utils.errors import UserError
-from utils.files import ROOT
+from utils.errors import UserError, did_you_mean
+from utils.files import ROOT, hash_of
 from utils.offline import is_offline
 from utils.transfer import Patience, discard, transfer
 
@@ -31,7 +29,6 @@ REGISTRY = ROOT / "weights" / "registry.yaml"
 KINDS = ("start_weights", "data", "checkpoint")
 HEX = {"sha256": re.compile(r"[0-9a-f]{8,64}"), "md5": re.compile(r"[0-9a-f]{32}")}
 NOT_VERIFIED = "not verified against a published hash"
-CHUNK = 1 << 20   # bytes
 
 log = logging.getLogger("wsss.download")
 
@@ -68,11 +65,10 @@ def registry() -> dict[str, Entry]:
 
 
 def find(name: str) -> Entry:
-    """The row of that name. Raises UserError with the nearest names."""
+    """The row of that name. Raises UserError with the nearest name."""
     entries = registry()
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=3, cutoff=0) or list(entries)
-        raise UserError(f"'{name}' is not in {REGISTRY.name}: did you mean {' or '.join(near)}?")
+        raise UserError(f"'{name}' is not in {REGISTRY.name}{did_you_mean(name, entries)}")
     return entries[name]
 
 
@@ -174,7 +170,7 @@ def check(entry: Entry, path: Path, remembered: bool = True) -> bool:
             raise UserError(f"{path}: {fault}: move it away and fetch {entry.name} again")
         return False
     algorithm, published = entry.published
-    digest = (_remembered(path, algorithm) if remembered else None) or _digest(path, algorithm)
+    digest = (_remembered(path, algorithm) if remembered else None) or hash_of(path, algorithm)
     if not digest.startswith(published):
         raise UserError(
             f"{path}: {algorithm} is {digest[:16]}..., published for {entry.name} is {published[:16]}: "
@@ -226,7 +222,7 @@ def _fault(entry: Entry, part: Path) -> str | None:
     if entry.published is None:
         return _cannot_be_opened(part, entry.file)
     algorithm, published = entry.published
-    digest = _digest(part, algorithm)
+    digest = hash_of(part, algorithm)
     if not digest.startswith(published):
         return f"{algorithm} {digest[:16]}..., published is {published[:16]}"
     _remember(part, algorithm, digest)
@@ -269,14 +265,6 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    result = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            result.update(chunk)
-    return result.hexdigest()
 
 
 def _remembered(path: Path, algorithm: str) -> str | None:

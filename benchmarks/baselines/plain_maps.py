@@ -34,7 +34,7 @@ class PlainMaps(MoRe):
         return made
 
 
-def plain_localization(coarse: Coarse, images: Tensor, plan: MapPlan, positive: bool) -> Tensor:
+def plain_localization(coarse: Coarse, images: Tensor, plan: MapPlan, positive: bool = False) -> Tensor:
     """Maps (B, C, H, W) in [0, 1]: the sum over scales of the larger of image and mirror. positive: what is above 0.
 
     As released, the image becomes a square first, and the scales are made from it.

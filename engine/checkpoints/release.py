@@ -12,7 +12,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from datasets.prepare.sources import sha256
 from engine.checkpoints.files import BEST, read_meta, save_weights
 from engine.checkpoints.model_card import model_card
 from engine.checkpoints.opening import SUMS, Opened, open_checkpoint
@@ -22,7 +21,7 @@ from engine.inference.plan import evaluation_plan
 from model.method import MapPlan, Method
 from utils.config import read_yaml, save_yaml
 from utils.errors import UserError
-from utils.files import ROOT
+from utils.files import ROOT, hash_of
 
 ROW = "registry_row.yaml"
 # /a/b, ~/a, ../a and C:\a, not a/b, 1/2 or https://host/a
@@ -57,7 +56,7 @@ def release(
         file = part / f"{name}.safetensors"
         row = registry_row(name, file, opened, read_meta(file), url, page, licence)
         (part / ROW).write_text(row, encoding="utf-8")
-        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(part.iterdir())]
+        sums = [f"{hash_of(path)}  {path.name}\n" for path in sorted(part.iterdir())]
         (part / SUMS).write_text("".join(sums), encoding="utf-8")
         _verify(file, opened)
         return _publish(part, out)
@@ -87,7 +86,7 @@ def registry_row(
     what = f"{config.method} on {config.data.name} {config.data.train_split}, {config.model.backbone}"
     row = {
         "kind": "checkpoint", "url": f"{url.rstrip('/')}/{file.name}" if url else None, "page": page or url,
-        "file": file.name, "size": file.stat().st_size, "sha256": sha256(file), "licence": licence,
+        "file": file.name, "size": file.stat().st_size, "sha256": hash_of(file), "licence": licence,
         "what": what + (f", iteration {meta['iteration']}" if "iteration" in meta else ""),
     }
     return yaml.safe_dump({name: row}, sort_keys=False, allow_unicode=True, width=1000)
@@ -219,7 +218,7 @@ def _sums(out: Path) -> dict[str, str]:
 def _intact(out: Path) -> bool:
     """Whether a folder is a release and its files have their hashes."""
     sums = _sums(out)
-    return bool(sums) and all((out / name).is_file() and sha256(out / name) == sums[name] for name in sums)
+    return bool(sums) and all((out / name).is_file() and hash_of(out / name) == sums[name] for name in sums)
 
 
 def _last(path: str) -> str:

@@ -24,7 +24,7 @@ from report.private import public
 from report.run import evaluate_command, read_run, read_runs
 from tests.engine.fake_method import FakeMethod, FakeSet, config, fake_is_known  # noqa: F401
 from tests.report.chromium import PROGRAM, Chromium
-from tools.report import main
+from tools.make_report import main
 from utils.errors import UserError
 from utils.metrics import Scores
 
@@ -526,7 +526,7 @@ def test_long_curves_keep_their_extremes(sound, tmp_path):
 
 
 def test_the_tool_from_another_folder(tmp_path, sound):
-    command = [sys.executable, str(ROOT / "tools" / "report.py")]
+    command = [sys.executable, str(ROOT / "tools" / "make_report.py")]
     done = subprocess.run([*command, "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and done.stderr == (
         "error: nowhere: no such folder; give the folder of a run, such as runs/demo\n")

@@ -30,7 +30,7 @@ def test_every_key_says_where_it_is_from(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["more_vox"], "no config named 'more_vox': did you mean 'more_voc'"),
+    (["more_vox"], "no config named 'more_vox'; did you mean 'more_voc'"),
     (["more_voc", "train.batchsize=8"], "unknown key 'train.batchsize' on the command line"),
     (["more_voc", "train.batch_size=0"], "train.batch_size = 0 on the command line: expected an integer, at least 1"),
     ([], "the following arguments are required: NAME"),

@@ -51,7 +51,7 @@ def test_get(server, tmp_path, capsys):
     with pytest.raises(UserError, match="manual is not in .*: put manual.bin .* by hand, from http://page"):
         main(["get", "manual", "--folder", str(folder)])
     asked = len(server.requests)
-    with pytest.raises(UserError, match="'goof' is not in rows.yaml: did you mean good"):
+    with pytest.raises(UserError, match="'goof' is not in rows.yaml; did you mean 'good'"):
         main(["get", "wrong", "goof", "--folder", str(folder)])
     assert len(server.requests) == asked, "a wrong name is met before anything is fetched"
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {"good.bin", "unhashed.bin"}

@@ -232,7 +232,7 @@ def test_an_image_without_a_class(tmp_path):
         (["--map", "seg", "--low", "0.5"], "seg has a background of its own: format png alone, without high and low"),
         (["--map", "seg", "--format", "npy"], "seg has a background of its own"),
         (["--map", "seg", "--format", "irn-label"], "seg has a background of its own"),
-        (["--map", "sag"], r"evaluate\.maps = \['sag'\]: expected one or more of cam, lam"),
+        (["--map", "sag"], r"evaluate\.maps = \[sag\] .*: expected a list of one or more of cam, lam"),
         (["spilt=val"], "unknown key 'spilt'"),
         (["--split", "test"], "split 'test' not found"),
     ],

@@ -17,7 +17,7 @@ from model import METHODS
 from scripts import train_voc
 from tests import tiny
 from tests.toy import method
-from tools import export_masks, infer_voc, predict, release, report
+from tools import export_masks, infer_voc, make_report, predict, release
 
 LENGTH = 6   # 3 epochs of 8 images, 4 together
 
@@ -111,7 +111,7 @@ def test_prediction_and_export(run, tmp_path):
 def test_report_and_release(run, tmp_path):
     root, folder = run
     infer_voc.main([str(weights(folder)), f"data.root={root}"])
-    report.main([str(folder), "--output", str(tmp_path / "report.html")])
+    make_report.main([str(folder), "--output", str(tmp_path / "report.html")])
     page = (tmp_path / "report.html").read_text()
     assert "evidence" in page and "regions" in page and "loss.area_after" in page
     release.main([str(folder), str(tmp_path / "released")])

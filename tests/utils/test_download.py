@@ -418,7 +418,7 @@ def test_the_hash_of_a_file_is_remembered_until_it_changes(server, tmp_path, wai
     row = entry(server)
     path = get(row, tmp_path, waits)
     with monkeypatch.context() as unread:
-        unread.setattr(download, "_digest", lambda *_: 1 / 0)
+        unread.setattr(download, "hash_of", lambda *_: 1 / 0)
         assert get(row, tmp_path, waits) == path
         with pytest.raises(ZeroDivisionError):
             check(row, path, remembered=False)
@@ -558,7 +558,7 @@ def test_a_wrong_row_is_named(monkeypatch, tmp_path, changes, word):
 
 def test_names(monkeypatch, tmp_path):
     write_registry(monkeypatch, tmp_path / "rows.yaml", thing=ROW, other=ROW)
-    with pytest.raises(UserError, match="'thin' is not in rows.yaml: did you mean thing"):
+    with pytest.raises(UserError, match="'thin' is not in rows.yaml; did you mean 'thing'"):
         fetch("thin")
     (tmp_path / "a").write_bytes(b"1")
     assert fetch("thing", tmp_path) == tmp_path / "a"

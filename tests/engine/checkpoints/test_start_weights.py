@@ -83,7 +83,7 @@ def test_a_name_is_fetched_once(server, tensors):
     ("nowhere.pth", "model.weights=nowhere.pth: nowhere.pth: no such weights file"),
     ("no/where", "model.weights=no/where: no/where: no such weights file"),
     ("tiny.pth", "model.weights=tiny.pth: no such weights file; model.weights=tiny_imagenet fetches it"),
-    ("tiny_imagnet", "model.weights=tiny_imagnet: 'tiny_imagnet' is not in rows.yaml: did you mean tiny_imagenet"),
+    ("tiny_imagnet", "model.weights=tiny_imagnet: 'tiny_imagnet' is not in rows.yaml; did you mean 'tiny_imagenet'"),
     ("pictures", "model.weights=pictures: names a data of .*registry.yaml, no start weights"),
 ])
 def test_what_names_no_weights(server, spec, words):

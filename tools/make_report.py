@@ -1,17 +1,13 @@
 """Writes a report about runs: one HTML page that needs nothing beside it, to look at, to pass on, to print.
 
-    python tools/report.py runs/demo
-    python tools/report.py runs/first runs/second --output comparison.html
+    python tools/make_report.py runs/demo
+    python tools/make_report.py runs/first runs/second --output comparison.html
 
 Several runs are compared. What a folder lacks, and what cannot be read, is said on the page.
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-if __name__ == "__main__":   # Python looks in this folder first, where this file hides the package `report`
-    sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 from engine.launch import run_script
 from report.page import write_page
@@ -21,7 +17,7 @@ from utils.errors import UserError
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="make_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run, such as runs/demo")
     parser.add_argument("--output", metavar="FILE", type=Path, help="the page; default: report.html in the first RUN")
