@@ -14,6 +14,7 @@ if (($#)); then
   exec .venv/bin/python -m pytest "$@"
 fi
 status=0
-.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/goldens || status=$?
+# two at a time: a thread that waits gives its core away
+OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/goldens || status=$?
 .venv/bin/python -m pytest tests/goldens || status=$?   # by itself: it counts the goldens that were compared
 exit "$status"
