@@ -19,9 +19,9 @@ from datasets.labels import MASKS, load_labels
 from datasets.samples import Sample, find_list
 from datasets.sets import EvalItem, EvalSet, ImageSet, TrainItem, TrainSet, collate_train
 from datasets.transforms import build_augmentation
-from utils.config import Section
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.schema import Section
 
 __all__ = [
     "EvalItem", "EvalSet", "FileItem", "ImageFiles", "ImageSet", "TrainItem", "TrainSet", "Unreadable",

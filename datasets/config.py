@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from utils.config import Count, FilePath, Index, Positive, Section, Text, key
+from utils.schema import Count, FilePath, Index, Positive, Section, Text, key
 
 
 class Shapes(Section):

@@ -15,13 +15,14 @@ from pydantic import model_validator
 from datasets.config import Data
 from model import METHODS
 from model.method import Method
-from utils.config import (
-    COMMAND_LINE,
+from utils.config import COMMAND_LINE, Layers, flatten, read_overrides, read_yaml, save_yaml, text_keys, without_folders
+from utils.errors import UserError, did_you_mean
+from utils.files import ROOT
+from utils.schema import (
     Count,
     FilePath,
     Flag,
     Index,
-    Layers,
     NotNegative,
     Positive,
     Scales,
@@ -30,16 +31,7 @@ from utils.config import (
     Share,
     Text,
     key,
-    leaves,
-    merged,
-    nested,
-    read_overrides,
-    read_yaml,
-    save_yaml,
-    without_folders,
-)  # fmt: skip
-from utils.errors import UserError, did_you_mean
-from utils.files import ROOT
+)
 
 CONFIGS = ROOT / "configs"
 CLASSIFIER = "classifier"   # value of evaluate.predict_from
@@ -227,26 +219,23 @@ def _stacked(layers: list[tuple[Mapping, str]], overrides: Sequence[str]) -> Lay
     method, source = [(DEFAULT_METHOD, "by default"), *named, *given][-1]
     schema = schema_of(method, source)
     result = Layers(schema, _renamed(method))
-    result.add(METHODS[method].defaults, f"default of {method}")
+    result.add(flatten(METHODS[method].defaults), f"default of {method}")
     for content, source in layers:
         result.add(up_to_date(content, source, method), source)
-    result.add(read_overrides(overrides, schema), COMMAND_LINE)
+    result.add(read_overrides(overrides, text_keys(schema)), COMMAND_LINE)
     return result
 
 
 def up_to_date(content: Mapping, source: str, method: str) -> dict:
-    """Settings of an earlier schema under today's names. Raises UserError for those of a later one."""
-    content, result, renamed = dict(content), {}, _renamed(method)
+    """Nested settings of any earlier schema, flat, under today's names. Raises UserError for those of a later one."""
+    content, renamed = dict(content), _renamed(method)
     number = str(content.pop("schema", 1))
     if not number.isdecimal():
         raise UserError(f"schema = {number} {source}: expected an integer")
     if int(number) > SCHEMA:
         raise UserError(f"the config {source} is of schema {number}, this version knows {SCHEMA}: use a newer version")
-    for full, value in leaves(content):
-        full = renamed.get(full, full)
-        value = renamed.get((full, value), value) if isinstance(value, str) else value
-        result = merged(result, nested(full, value))
-    return result
+    flat = {renamed.get(full, full): value for full, value in flatten(content).items()}
+    return {full: renamed.get((full, str(value)), value) for full, value in flat.items()}
 
 
 def _renamed(method: str) -> dict:

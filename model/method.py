@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from model.losses.ratio import local_ratio
 from utils.batch import Batch
-from utils.config import FilePath, Free, Section, Text, key
 from utils.errors import UserError
+from utils.schema import FilePath, Free, Section, Text, key
 
 
 class MapKind(NamedTuple):

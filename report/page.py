@@ -30,11 +30,11 @@ from report.charts import (
 )
 from report.private import public
 from report.run import Evaluation, Run, default_config, label, number, row_key
-from utils.config import keys
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import voc_palette
 from utils.metrics import Scores
+from utils.schema import keys
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = 8          # of runs in style.css
@@ -347,7 +347,7 @@ def validations(run: Run) -> dict:
 def changed(config: dict, method: str) -> list[tuple[str, str, str]]:
     """(key, value, default) of the keys that differ from the defaults of the method."""
     default, is_known = default_config(method), method in METHODS
-    free = tuple(f"{name}." for name, _, _ in keys(schema_of(method))) if is_known else ()   # inside of a key's value
+    free = tuple(f"{name}." for name in keys(schema_of(method))) if is_known else ()   # inside of a key's value
 
     def usual(key: str) -> str:
         other = "–" if key.startswith(free) else "no such key today" if is_known else "not known"

@@ -18,7 +18,7 @@ from engine.evaluation.results import title
 from model import METHODS
 from model.method import MapKind
 from report.private import public
-from utils.config import leaves
+from utils.config import flatten
 from utils.errors import UserError
 from utils.metrics import Scores
 
@@ -141,13 +141,13 @@ def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
         content = up_to_date(content, f"in {path.name}", method_of(content))
     except UserError as error:
         notes.append(str(error))
-    return {key: value for key, value in leaves(content) if key != "schema"}
+    return {key: value for key, value in flatten(content).items() if key != "schema"}
 
 
 def default_config(method: str) -> dict[str, Any]:
     """The defaults of a method's runs by dotted key; of a method that this version does not know, those of any run."""
     config = load_config(None, [f"method={method}"]) if method in METHODS else RunConfig()
-    return dict(leaves(config.model_dump(mode="json")))
+    return flatten(config.model_dump(mode="json"))
 
 
 def method_of(settings: Mapping) -> str:
@@ -264,7 +264,7 @@ def _settings(rows: list[dict]) -> dict[str, Any]:
         multi = []
     settings["evaluate.multi_scale"] = bool(multi)
     settings |= {"evaluate.multi_scales" if k in multi else f"evaluate.scales.{k}": scales[k] for k in scales}
-    return dict(leaves(up_to_date(settings, "in results.json", method)))
+    return up_to_date(settings, "in results.json", method)
 
 
 def _same_evaluation(group: list[dict], row: dict) -> bool:

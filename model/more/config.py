@@ -3,7 +3,7 @@
 from pydantic import model_validator
 
 from model.method import ModelSection
-from utils.config import Count, FilePath, Index, NotNegative, Number, Positive, Scales, Section, Share, Text, key
+from utils.schema import Count, FilePath, Index, NotNegative, Number, Positive, Scales, Section, Share, Text, key
 
 HighLow = tuple[Share, Share]
 

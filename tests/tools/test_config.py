@@ -8,7 +8,7 @@ import pytest
 from engine.config import load_config
 from tests import tiny
 from tools.config import main
-from utils.config import leaves
+from utils.config import flatten
 from utils.errors import UserError
 
 
@@ -18,7 +18,7 @@ def test_every_key_says_where_it_is_from(capsys, tmp_path):
     main([str(own), "train.epochs=3", "data.classes=[a,b]"])
     lines = capsys.readouterr().out.splitlines()
     config = load_config(own, ["train.epochs=3", "data.classes=[a,b]"])
-    assert [line.partition(": ")[0] for line in lines] == [key for key, _ in leaves(config.model_dump())]
+    assert [line.partition(": ")[0] for line in lines] == list(flatten(config.model_dump()))
     for line in (
         "data.crop_size: 80   # in configs/more_shapes.yaml", "data.classes: [a, b]   # on the command line",
         "train.iterations: null   # on the command line, with epochs", "evaluate.scales.cam: [1.0]   # default of more",

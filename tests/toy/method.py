@@ -12,7 +12,7 @@ from engine.launch import run_script
 from model import METHODS
 from model.method import MapKind, Method, ModelSection
 from model.multi_scale import LARGEST, SUM_OF_POSITIVE, fused_maps
-from utils.config import Count, NotNegative, Section, Share, key
+from utils.schema import Count, NotNegative, Section, Share, key
 
 
 class Model(ModelSection):
