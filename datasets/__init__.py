@@ -79,14 +79,14 @@ def _load(
 
 
 def _classes_of(data: Data, root: Path) -> tuple[str, ...]:
-    """As `class_names`, but the folder's own classes.txt, one name a line, comes before the data set's."""
+    """As `class_names`, but the folder's own classes.txt, one name on each line, comes before the data set's."""
     own = root / "classes.txt"
     if data.classes or not own.is_file():
         return class_names(data)
     names = [line.strip() for line in own.read_text(encoding="utf-8").splitlines() if line.strip()]
     classes = tuple(name for name in names if name != "background")
     if not classes or len(set(names)) != len(names):
-        raise UserError(f"{own}: expected the names of the classes, all different, one a line; or give data.classes")
+        raise UserError(f"{own}: expected names of classes, all different, one on each line; or give data.classes")
     return classes
 
 

@@ -57,7 +57,7 @@ def _list_folder(path: str, _mtime: int) -> frozenset[str]:
 
 
 def list_folder(path: Path) -> frozenset[str]:
-    """File names in a folder, empty where it is missing; listed once, not one stat a file."""
+    """File names in a folder, empty where it is missing; listed once, which is sooner than asking for every file."""
     try:
         return _list_folder(str(path), os.stat(path).st_mtime_ns)
     except OSError:

@@ -161,7 +161,7 @@ def _colour_apart(rng: np.random.Generator, others: np.ndarray) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator, size: int, cells: int, channels: int) -> np.ndarray:
-    """Smooth noise (size, size, channels) of standard deviation about 1: `cells` random values a side, interpolated."""
+    """Smooth noise (size, size, channels) of standard deviation about 1: `cells` random values a side, enlarged."""
     coarse = rng.standard_normal((cells, cells, channels), np.float32)
     return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC).reshape(size, size, channels)
 

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "
 def save_provenance(config: RunConfig, folder: str | os.PathLike) -> None:
     """Writes what a run came from into its folder.
 
-    config.yaml: the resolved config. provenance.jsonl: one line a start (a resumed run adds one) with the time,
+    config.yaml: the resolved config. provenance.jsonl: one line for each start (a resumed run adds one) with the time,
     the command line, the git commit (null outside of git) and the versions of Python and of the packages.
     """
     folder = Path(folder)

@@ -51,13 +51,13 @@ _RING = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0
 
 
 def _differences(images: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """(B, C, 8, H, W) a dilation: the neighbours minus the pixel itself."""
+    """(B, C, 8, H, W) for each dilation: the neighbours minus the pixel itself."""
     for d in dilations:
         yield torch.stack(list(_neighbours(images, (d,))), 2).sub_(images.unsqueeze(2))
 
 
 def _neighbours(x: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """The shifted copies of x, edges repeated; 8 a dilation, in reading order."""
+    """The shifted copies of x, edges repeated; 8 for each dilation, in reading order."""
     height, width = x.shape[-2:]
     for d in dilations:
         padded = F.pad(x, (d, d, d, d), mode="replicate")

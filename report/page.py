@@ -167,7 +167,7 @@ class Page:
         ] if curves else []
         pace = []
         for name, shown, note in (("lr", "learning rate", "of the backbone"),
-                                  ("seconds_per_iteration", "seconds an iteration", "validation not counted")):
+                                  ("seconds_per_iteration", "seconds per iteration", "validation not counted")):
             if series := run.metrics.get(f"train/{name}"):
                 curve = Curve(shown, series.x, series.y, "pace", name != "lr", [stage.after for stage in stages])
                 pace.append(self.chart(f"{key}-{name}", shown, shown, note, [curve], run.length))
@@ -372,7 +372,7 @@ def start_of(start: dict) -> dict:
 
 
 def class_rows(rows: list[dict], evaluation: Evaluation) -> list[dict]:
-    """One entry a class: its IoU in each row, drawn and in numbers, and its share of the true pixels."""
+    """One entry for each class: its IoU in each row, drawn and in numbers, and its share of the true pixels."""
     names = list(dict.fromkeys(name for row in rows for name in row["iou"]))
     truth = next((matrix.sum(1) / max(matrix.sum(), 1) for matrix in evaluation.matrices.values()), None)
     shares = dict(zip_longest(names, [] if truth is None else truth.tolist()))
@@ -414,7 +414,7 @@ def compared_scores(shown: list[dict]) -> list[tuple[str, list[tuple[float | Non
 
 
 def compared_classes(shown: list[dict]) -> list[dict]:
-    """For each label that several runs share: IoU a class of each run and the difference to the first of them."""
+    """For each label that several runs share: IoU of each class in each run and the difference to the first of them."""
     tables = []
     newest = [{row["label"]: row for e in run["evaluations"] for row in e["rows"]} for run in shown]
     for text in dict.fromkeys(text for rows in newest for text in rows):

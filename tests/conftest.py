@@ -50,7 +50,7 @@ def make_tiny_voc():
 def _make_tiny_voc(folder: Path) -> Path:
     """Root of 12 generated images of about 64 px in VOC layout: train_aug and train 8, val 4, labels.json.
 
-    One or two rectangles an image, each class of TINY_CLASSES with its own colour, on noise.
+    One or two rectangles in each image, each class of TINY_CLASSES with its own colour, on noise.
     """
     root = folder / "tiny_voc"
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):

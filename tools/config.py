@@ -1,4 +1,4 @@
-"""Prints a config as a run would have it: a line a key, with where its value is from.
+"""Prints a config as a run would have it: one line for each key, with where its value is from.
 
     python tools/config.py more_voc train.batch_size=8
 

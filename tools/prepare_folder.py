@@ -40,8 +40,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ids", metavar="ID=CLASS,...|JSON")
     parser.add_argument("--val-share", type=_share, help=f"of the images, those with a mask ({VAL_SHARE})")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of val")
-    parser.add_argument("--train-list", type=Path, metavar="FILE", help="images to train on, one a line")
-    parser.add_argument("--val-list", type=Path, metavar="FILE", help="images to validate on, one a line")
+    parser.add_argument("--train-list", type=Path, metavar="FILE", help="images to train on, one on each line")
+    parser.add_argument("--val-list", type=Path, metavar="FILE", help="images to validate on, one on each line")
     parser.add_argument("--link", action="store_true", help="symbolic links to the images instead of copies")
     return parser.parse_args(argv)
 

@@ -169,7 +169,7 @@ class Lattice {
     }
   }
 
-  // in, out: one value a pixel.
+  // in, out: one value for each pixel.
   void filter(const float* in, float* out) const {
     // The value after the last vertex stays 0: it stands for every neighbour that does not exist.
     std::vector<float> values(vertices_ + 1), blurred(values.size());

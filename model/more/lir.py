@@ -107,7 +107,7 @@ def sample_uncertain(
 
     token_labels (B, h, w); order: (seeds (B,), n) -> (B, n) int64, of n inner tokens the smaller the earlier;
     valid: bool (B, h, w) or None.
-    Grids of 6 or fewer tokens a side have no inner area and give no samples.
+    Grids with 6 or fewer tokens along a side have no inner area and give no samples.
     """
     batch, h, w = token_labels.shape
     if h <= WINDOW or w <= WINDOW:
