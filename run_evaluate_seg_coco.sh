@@ -10,7 +10,7 @@ usage: bash run_evaluate_seg_coco.sh SCRIPT DEVICES COUNT SPLIT CHECKPOINT [conf
   DEVICES     cpu, or GPU ids such as 0,1
   COUNT       number of processes, with GPUs the number of ids; the scores do not depend on it
   SPLIT       name of a split list such as val or val_part
-  CHECKPOINT  a weights file of a run, or an official MoRe .pth
+  CHECKPOINT  a weights file, a released folder, a name on the Hub, or an official .pth
 USAGE
     exit 2
 fi

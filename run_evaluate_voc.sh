@@ -8,7 +8,7 @@ if [ $# -lt 3 ]; then
 usage: bash run_evaluate_voc.sh DEVICES COUNT CHECKPOINT [config=NAME] [key=value ...]
   DEVICES     cpu, or GPU ids such as 0,1
   COUNT       number of processes, with GPUs the number of ids; the scores do not depend on it
-  CHECKPOINT  a weights file of a run, or an official MoRe .pth
+  CHECKPOINT  a weights file, a released folder, a name on the Hub, or an official .pth
 USAGE
     exit 2
 fi

@@ -76,7 +76,7 @@ class Train(Section):
 class Evaluate(Section):
     maps: tuple[Text, ...] | None = key(None, "the method's kinds")
     scales: ScalesOf = key({}, "the method's: scales of each kind; 1 where none are given")
-    multi_scale: Flag = key(False, "ours: kinds that a threshold decides over multi_scales")
+    multi_scale: Flag = key(False, "ours: maps that a threshold decides, such as CAM, over multi_scales")
     multi_scales: Scales = key((1.0, 0.5, 0.75, 1.25, 1.5, 1.75, 2.0), "code of MoRe")
     base_size: Count | None = key(448, "code of MoRe: images become squares of this side; null: native size")
     flip: Flag = key(True, "code of MoRe")
@@ -95,7 +95,7 @@ class Evaluate(Section):
 class Crf(Section):
     """Dense CRF of the evaluation."""
 
-    backend: Literal["lattice", "pydensecrf"] = key("lattice", "ours: our own, or that package")
+    backend: Literal["lattice", "pydensecrf"] = key("lattice", "ours: bilateralfilter.DenseCRF, or the package pydensecrf")
     iterations: Index = key(10, "code of MoRe on VOC")
     pos_xy_std: Positive = key(1.0, "code of MoRe on VOC")
     pos_w: NotNegative = key(3.0, "code of MoRe on VOC")

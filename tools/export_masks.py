@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = CheckpointParser(__doc__, "--output FOLDER ", *shared)
     parser.add_argument("--output", type=Path, required=True, help="folder of the files")
     parser.add_argument("--format", choices=FORMATS, default=PNG, help=f"default: {PNG}")
-    parser.add_argument("--map", metavar="KIND", help="default: the method's last kind that image labels restrict")
+    parser.add_argument("--map", metavar="KIND", help="default: the last of evaluate.maps that image labels restrict")
     parser.add_argument("--split", metavar="NAME", help="default: data.train_split")
     parser.add_argument("--high", type=float, help="a class counts above it; default: the method's")
     parser.add_argument("--low", type=float, help="background is below it; default: the method's")

@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = CheckpointParser(__doc__, "INPUT [INPUT ...] --output FOLDER ", *shared)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image, folder, pattern, or - for a list on stdin")
     parser.add_argument("--output", type=Path, required=True, help="folder of everything that is written")
-    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="maps to make; default: the method's best kind")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="default: the method's best kind; those without background, such as cam, give heat maps")
     parser.add_argument("--labels", help="the classes in the images, as cat,dog; default: they are predicted")
     parser.add_argument("--most-pixels", type=count, default=MOST_PIXELS,
                         help=f"larger images are reduced to this many, their ids enlarged; default: {MOST_PIXELS}")

@@ -15,7 +15,7 @@ SHARED = {   # options that several tools have
     "device": {"choices": ("cpu", "cuda"), "help": "default: a GPU, if there is one"},
     "batch": {"metavar": "COUNT", "help": "images of one size computed together; default: 1, on a GPU up to 8"},
     "crf": {"action": "store_true", "help": "label maps with the dense CRF"},
-    "multi-scale": {"action": "store_true", "help": "maps that a threshold decides over evaluate.multi_scales"},
+    "multi-scale": {"action": "store_true", "help": "maps that a threshold decides, such as CAM, over evaluate.multi_scales"},
     "overwrite": {"action": "store_true", "help": "make again what is there already"},
 }
 AS_SETTINGS = {   # shared options that stand for a key of the config
