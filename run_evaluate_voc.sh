@@ -13,5 +13,5 @@ USAGE
     exit 2
 fi
 source "$root/utils/python.sh"
-settings=("${@:4}")
-exec "$python" "$root/engine/launch.py" "$root/tools/infer_voc.py" "$1" "$2" auto "$3" "${settings[@]/#config=/--config=}"
+set -- "$1" "$2" auto "${@:3}"
+exec "$python" "$root/engine/launch.py" "$root/tools/infer_voc.py" "${@/#config=/--config=}"

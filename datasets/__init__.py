@@ -25,7 +25,7 @@ from utils.schema import Section
 
 __all__ = [
     "EvalItem", "EvalSet", "FileItem", "ImageFiles", "ImageSet", "TrainItem", "TrainSet", "Unreadable",
-    "build_image_set", "build_train_set", "build_val_set", "class_names", "collate_train", "find_images",
+    "build_image_set", "build_train_set", "build_val_set", "class_names", "collate_train", "data_name", "find_images",
     "unique_names",
 ]
 
@@ -61,6 +61,11 @@ def build_image_set(config: Section, split: str) -> ImageSet:
     root = find_root(config.data)
     samples, _ = _samples(config.data, root, split, need_masks=False)
     return ImageSet(samples, None, _classes_of(config.data, root))
+
+
+def data_name(data: Data) -> str:
+    """What scores are said to be of; generated images also bear the version of their drawing."""
+    return f"shapes v{shapes.VERSION}" if data.name == "shapes" else data.name
 
 
 def class_names(data: Data) -> tuple[str, ...]:

@@ -15,7 +15,17 @@ from pydantic import model_validator
 from datasets.config import Data
 from model import METHODS
 from model.method import Method
-from utils.config import COMMAND_LINE, Layers, flatten, read_overrides, read_yaml, save_yaml, text_keys, without_folders
+from utils.config import (
+    COMMAND_LINE,
+    Layers,
+    flatten,
+    read_overrides,
+    read_yaml,
+    save_yaml,
+    shown,
+    text_keys,
+    without_folders,
+)
 from utils.errors import UserError, did_you_mean
 from utils.files import ROOT
 from utils.schema import (
@@ -76,7 +86,7 @@ class Train(Section):
 class Evaluate(Section):
     maps: tuple[Text, ...] | None = key(None, "the method's kinds")
     scales: ScalesOf = key({}, "the method's: scales of each kind; 1 where none are given")
-    multi_scale: Flag = key(False, "ours: maps that a threshold decides, such as CAM, over multi_scales")
+    multi_scale: Flag = key(False, "ours: maps that a threshold decides over multi_scales")
     multi_scales: Scales = key((1.0, 0.5, 0.75, 1.25, 1.5, 1.75, 2.0), "code of MoRe")
     base_size: Count | None = key(448, "code of MoRe: images become squares of this side; null: native size")
     flip: Flag = key(True, "code of MoRe")
@@ -95,7 +105,7 @@ class Evaluate(Section):
 class Crf(Section):
     """Dense CRF of the evaluation."""
 
-    backend: Literal["lattice", "pydensecrf"] = key("lattice", "ours: bilateralfilter.DenseCRF, or the package pydensecrf")
+    backend: Literal["lattice", "pydensecrf"] = key("lattice", "ours: our own, or the package pydensecrf")
     iterations: Index = key(10, "code of MoRe on VOC")
     pos_xy_std: Positive = key(1.0, "code of MoRe on VOC")
     pos_w: NotNegative = key(3.0, "code of MoRe on VOC")
@@ -130,7 +140,7 @@ class RunConfig(Section):
         if evaluate.maps is not None and not (evaluate.maps and set(evaluate.maps) <= set(kinds)):
             self.refuse("evaluate.maps", f"a list of one or more of {', '.join(kinds)}")
         for unknown in evaluate.scales.keys() - kinds.keys():
-            self.refuse(f"evaluate.scales.{unknown}", f"no such key, but {', '.join(kinds)}")
+            self.refuse(f"evaluate.scales.{unknown}", f"a kind of map out of {', '.join(kinds)}")
         if evaluate.predict_from not in (CLASSIFIER, *with_background):
             self.refuse("evaluate.predict_from", " or ".join([CLASSIFIER, *with_background]))
         return self
@@ -159,13 +169,16 @@ def layers_of(name: str | os.PathLike | None, overrides: Sequence[str] = ()) -> 
 def schema_of(method: str, source: str = "by default") -> type[RunConfig]:
     """The keys of a run with this method. source: who names it. Raises UserError for an unknown one."""
     if method not in METHODS:
-        raise UserError(f"method = {method} {source}: expected {' or '.join(METHODS)}{did_you_mean(method, METHODS)}")
+        known = " or ".join(f"'{name}'" for name in METHODS)
+        raise UserError(f"method = {method} {source}: expected {known}")
     return _combined(METHODS[method])
 
 
 @functools.cache
 def _combined(method: type[Method]) -> type[RunConfig]:
-    return type(f"{method.__name__}Run", (method.Config, RunConfig), {})
+    name = f"{method.__name__}Run"
+    globals()[name] = type(name, (method.Config, RunConfig), {"__module__": __name__})   # found there by pickle
+    return globals()[name]
 
 
 def portable(config: RunConfig) -> dict:
@@ -203,6 +216,8 @@ def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[dict, str]]:
     """A YAML after the one that its `base` names, each with its source."""
     content = read_yaml(path)
     base = content.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"config file {path}: base = {shown(base)}: expected the name of one config")
     if base is not None:
         beside = path.parent / f"{base}.yaml"
         file = beside if beside.is_file() else find_config(base)

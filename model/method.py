@@ -109,10 +109,6 @@ class Method(nn.Module):
         """Starts the backbone from the tensors of `model.weights`, by name. Raises UserError where they do not fit."""
         self._lacks("load_start_weights")
 
-    def compile(self, **options: Any) -> None:
-        """torch.compile of the parts that profit."""
-        self._lacks("compile")
-
     def from_official(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of this module from a file that the authors released. Raises UserError for another file."""
         raise UserError(f"no weights of {type(self).__name__}, and it knows no released files")

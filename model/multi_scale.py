@@ -73,8 +73,9 @@ def fused_maps(
 ) -> dict[str, Tensor]:
     """Maps (B, C, H, W) of several kinds, at the size of `images`; an input that several kinds need is computed once.
 
-    kinds: for each how it is made and fused, scales in the order of summation. coarse_maps: images and kinds -> a map
-    (B, C, h, w) of each. known: coarse_maps of the images themselves, where the caller has them already.
+    kinds: for each how it is made and fused; scales are summed in the order in which the kinds first need them.
+    coarse_maps: images and kinds -> a map (B, C, h, w) of each. known: coarse_maps of the images themselves, where the
+    caller has them already.
     """
     # an input, by the side of the square it is made from (None: from the image itself) and its size -> who needs it
     views: dict[tuple[int | None, int, int], list[str]] = {}

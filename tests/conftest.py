@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data: {folder} does not exist (set SHARED_DATA)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_logger_stays():
+    """A training in a test leaves a logger that prints; the next test starts without it."""
+    yield
+    if "utils.log" in sys.modules:
+        sys.modules["utils.log"].close_logger()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from engine.launch import run_script
 from datasets import find_images
-from engine.distributed import cleanup, setup
+from engine.distributed import cleanup, gather, setup
 from engine.inference.image_files import MOST_PIXELS, predict_files
 from engine.inference.plan import best_kind
 from engine.inference.prediction_folder import Predictor
@@ -27,9 +27,10 @@ from utils.errors import UserError
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    found = find_images(_inputs(options.inputs), options.output)
-    settings = [f"evaluate.image_labels={'given' if options.labels else 'predicted'}", *options.settings]
     ranks = setup(options.device)
+    inputs = gather(_inputs(options.inputs) if ranks.rank == 0 else None)[0]   # stdin is read once
+    found = find_images(inputs, options.output)
+    settings = [f"evaluate.image_labels={'given' if options.labels else 'predicted'}", *options.settings]
     predictor = Predictor(ranks, options.checkpoint, settings, options.config, options.kinds, best_kind)
     done = predict_files(predictor, found, options.output, options.labels, options.most_pixels, options.overwrite)
     if ranks.rank == 0:
@@ -45,7 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = CheckpointParser(__doc__, "INPUT [INPUT ...] --output FOLDER ", *shared)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image, folder, pattern, or - for a list on stdin")
     parser.add_argument("--output", type=Path, required=True, help="folder of everything that is written")
-    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="default: the method's best kind; those without background, such as cam, give heat maps")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="default: the method's best kind of map")
     parser.add_argument("--labels", help="the classes in the images, as cat,dog; default: they are predicted")
     parser.add_argument("--most-pixels", type=count, default=MOST_PIXELS,
                         help=f"larger images are reduced to this many, their ids enlarged; default: {MOST_PIXELS}")

@@ -4,8 +4,8 @@ Options are of the tool itself, key=value pairs change the config of the checkpo
 """
 
 import argparse
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from utils.errors import UserError
@@ -15,8 +15,12 @@ SHARED = {   # options that several tools have
     "device": {"choices": ("cpu", "cuda"), "help": "default: a GPU, if there is one"},
     "batch": {"metavar": "COUNT", "help": "images of one size computed together; default: 1, on a GPU up to 8"},
     "crf": {"action": "store_true", "help": "label maps with the dense CRF"},
-    "multi-scale": {"action": "store_true", "help": "maps that a threshold decides, such as CAM, over evaluate.multi_scales"},
+    "multi-scale": {"action": "store_true", "help": "maps that a threshold decides over evaluate.multi_scales"},
     "overwrite": {"action": "store_true", "help": "make again what is there already"},
+}
+FORMER = {   # key=value of version 0.1 that are no keys of the config
+    "checkpoint": "the path alone, first", **{name: f"--{name} VALUE" for name in ("config", "format", "map", "split")},
+    **{name: f"--{name} VALUE" for name in ("output", "high", "low")},
 }
 AS_SETTINGS = {   # shared options that stand for a key of the config
     "batch": "evaluate.images_at_once={}", "crf": "evaluate.crf=true", "multi_scale": "evaluate.multi_scale=true",
@@ -53,7 +57,11 @@ class CheckpointParser(Parser):
 
         What exists as a file is no pair. Raises UserError.
         """
-        pairs = [item for item in argv if "=" in item and not item.startswith("-") and not Path(item).exists()]
+        for item in argv:
+            name, equals, _ = item.partition("=")
+            if equals and name in FORMER:
+                raise UserError(f"{item}: write {FORMER[name]} in its place; --help says more")
+        pairs = [item for item in argv if "=" in item and not item.startswith("-") and not os.path.exists(item)]
         options = self.parse_intermixed_args([item for item in argv if item not in pairs])
         given = {name: getattr(options, name, None) for name in AS_SETTINGS}
         options.settings = [AS_SETTINGS[name].format(value) for name, value in given.items() if value]

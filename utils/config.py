@@ -45,6 +45,9 @@ class Layers:
             inside = unflatten({full.removeprefix(f"{owner}."): value}) if owner != full else None
             given[owner] = value if inside is None else {**given.get(owner, {}), **inside}
         given = {full: _null(value) for full, value in given.items()}
+        for full, value in given.items():
+            if "${" in str(value):
+                raise UserError(f"{full} = {shown(value)} {source}: references such as ${{...}} are not resolved")
         for full in [full for full, value in given.items() if value != self._known(full)]:
             for other, reset in self.keys[full].resets.items():
                 if self._known(other) != reset and isinstance(given.get(other, {}), Mapping):
@@ -162,10 +165,11 @@ def text_keys(schema: type[Section]) -> set[str]:
 
 
 def without_folders(config: Section) -> dict:
-    """The config as plain values, nested; of a `FilePath` outside of the working folder the last part stays."""
+    """The config as plain values, nested; of a `FilePath` outside of the working folder, or a text in a free mapping
+    that looks like one, the last part stays."""
     values, declared = flatten(config.model_dump(mode="json")), keys(type(config))
-    for full, value in values.items():
-        if value is not None and full in declared and file_name in notes_of(declared[full].type):
+    for full, value in values.items():   # what is in no key of the schema is in a free mapping
+        if isinstance(value, str) and (full not in declared or file_name in notes_of(declared[full].type)):
             values[full] = file_name(value)
     return unflatten(values)
 

@@ -125,7 +125,7 @@ def best_score(folder: Path, kind: str) -> float:
 def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> None:
     """Writes weights and state after `iteration` steps; earlier states go, their weights stay."""
     save_weights(folder / WEIGHTS.format(iteration), method, {**meta, "iteration": iteration})
-    state = {"iteration": iteration, "optimizer": optimizer.state_dict()}
+    state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__}
     with replacing(folder / STATE.format(iteration)) as part:
         torch.save(state, part)
     for path in folder.glob("iter_*.state.pt"):
@@ -144,5 +144,8 @@ def newest_state(folder: Path) -> dict | None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Takes moments and step counts from a state; rates and the like are what the config says now."""
+    kind, wanted = state.get("kind", "AdamW"), type(optimizer).__name__   # earlier states are of AdamW
+    if kind != wanted:
+        raise UserError(f"train.optimizer: the run was made with {kind}, not {wanted}: give its own, or another tag")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})

@@ -77,7 +77,7 @@ def checkpoint_config(
     """The config a weights file is used with, and where it is from.
 
     It is the one named by `config`, else the config.yaml of the file's run, else the settings in its own header, else
-    `default` (None: what the released file is). overrides: key=value pairs on top.
+    what the released file is, else `default`. overrides: key=value pairs on top.
     """
     own = run_folder(file) / "config.yaml"
     if config is None and own.is_file():
@@ -85,8 +85,8 @@ def checkpoint_config(
     settings = read_meta(file).get("settings")
     if config is None and settings is not None:
         return load_settings(settings, file, overrides), file
-    released = None if config or default else recognise(file)
-    name = config or default or (released[1].config if released else DEFAULT)
+    released = None if config else recognise(file)
+    name = config or (released[1].config if released else default or DEFAULT)
     return load_config(name, overrides), name
 
 

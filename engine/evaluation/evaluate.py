@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from datasets import EvalItem
+from datasets import EvalItem, data_name
 from engine.checkpoints import files
 from engine.config import RunConfig
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
@@ -48,6 +48,7 @@ def evaluate(
     `results`, with its confusion matrices and the scores of its images.
     """
     plan, started = evaluation_plan(config), time.perf_counter()
+    iteration = files.read_meta(weights).get("iteration") if Path(weights).is_file() else None   # of what was loaded
     images, classes = _first(dataset, config.evaluate.images), len(dataset.classes)
     folders = config.evaluate.save_labels, config.evaluate.save_overlays
     use_tf32(config.train.tf32)
@@ -56,10 +57,9 @@ def evaluate(
     evaluation = gather(None if results is None or ranks.rank else new_evaluation(results.parent))[0]
     matrices = score(method, images, classes, plan, ranks, workers, config.evaluate.images_at_once, *folders, each)
     each.gather()
-    iteration = files.read_meta(weights).get("iteration") if Path(weights).is_file() else None
     made_of = {"checkpoint": weights, "iteration": iteration}
     made_of |= {"seconds": round(time.perf_counter() - started, 1), "evaluation": evaluation}
-    facts = {"method": config.method, "dataset": config.data.name, "split": config.data.val_split}
+    facts = {"method": config.method, "dataset": data_name(config.data), "split": config.data.val_split}
     facts["images"], names = len(images), ("background", *dataset.classes)
     scores = {row: Scores(matrix) for row, matrix in matrices.items()}
     rows = [

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from datasets import data_name
 from engine.distributed import all_reduce_sum
 from engine.evaluation.results import settings_of, summary_line, title
 from engine.inference.pseudo_masks import DICTIONARY, Exported
@@ -16,7 +17,7 @@ def mask_summary(exported: Exported) -> str | None:
     if not images:
         return None
     masks, plan, config = exported.masks, exported.predictor.plan, exported.predictor.config
-    facts = {"method": config.method, "dataset": config.data.name, "split": exported.split, "images": images}
+    facts = {"method": config.method, "dataset": data_name(config.data), "split": exported.split, "images": images}
     row = settings_of((masks.kind, masks.crf is not None), plan, facts)
     heading = title({**row, "background": masks.bkg if masks.format == DICTIONARY else None})
     if masks.high is not None:

@@ -41,6 +41,8 @@ def predict_files(
     given = given_labels(labels, predictor.classes) if labels else None
     if given is None and plan.predicted is None:
         raise UserError("evaluate.image_labels=given: say which with --labels cat,dog")
+    if given is not None and plan.predicted is not None:
+        raise UserError("--labels gives the image labels: evaluate.image_labels=predicted does not go with it")
     names, paths = unique_names(found), [image for _, image in found]
     path_of = dict(zip(names, paths, strict=True))
     dataset = ImageFiles(paths, names, given, least_side(plan), most_pixels)

@@ -62,7 +62,9 @@ def validation_plan(config: RunConfig) -> Plan:
     Without evaluate.base_size the squares have the side of the crops.
     """
     method = METHODS[config.method]
-    return Plan(method.kinds, method.validation_plans(config), config.evaluate.base_size or config.data.crop_size)
+    plans = method.validation_plans(config)
+    kinds = {kind: method.kinds[kind] for kind in plans}
+    return Plan(kinds, plans, config.evaluate.base_size or config.data.crop_size)
 
 
 def seed_kind(config: RunConfig) -> str:

@@ -35,6 +35,6 @@ class GlobalBatches:
             yield batch
 
     def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(self.length, generator=generator).tolist()
         return order, torch.randint(2**31 - 1, (self.length,), generator=generator).tolist()

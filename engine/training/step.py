@@ -38,7 +38,7 @@ class Trainer:
         Every term takes part, with weight 0 before its stage: its parameters then get zero gradients, not none.
         Random draws of the method follow from the seed, the iteration and the rank alone.
         """
-        torch.manual_seed((self.config.seed * 1_000_003 + self.iteration) * 1_009 + self.ranks.rank)
+        torch.manual_seed(((self.config.seed * 1_000_003 + self.iteration) * 1_009 + self.ranks.rank) % 2**63)
         set_lr(self.optimizer, self.iteration, self.config.train, self.length)
         self.optimizer.zero_grad(set_to_none=True)   # before the forward, which then has their memory
         bf16 = self.config.train.precision == "bf16"

@@ -24,11 +24,12 @@ def train(config: RunConfig, ranks: Ranks) -> Path:
     use_tf32(config.train.tf32)
     train_set = build_train_set(config)
     val_set = build_val_set(config) if config.data.val_split else None
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed % 2**63)
     method = build_method(config, len(train_set.classes)).to(ranks.device)
     state = run.begin(method, train_set.classes)
     trainer = Trainer(method, config, ranks, training_length(config.train, len(train_set)))
     run.attach(trainer, state)
+    del state   # as large as two copies of the weights
     run.describe(train_set, val_set)
     with run.progress(_loader(train_set, trainer)) as batches:
         for batch in batches:

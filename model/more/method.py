@@ -147,8 +147,8 @@ class MoRe(Method):
         """As released: CAM at the training scales with flip, LAM and segmentation at scale 1 without."""
         plans = super().validation_plans(config)
         plans["lam"] = plans["lam"]._replace(bkg=VALIDATION_LAM_BKG)
-        for kind in ("cam", "fused"):
-            plans[kind] = plans[kind]._replace(scales=with_scale_1(config.pseudo_labels.cam_scales), flip=True)
+        plans["cam"] = plans["cam"]._replace(scales=with_scale_1(config.pseudo_labels.cam_scales), flip=True)
+        plans["fused"] = plans["fused"]._replace(scales=())   # of these two
         return plans
 
     @classmethod
@@ -159,21 +159,23 @@ class MoRe(Method):
     def maps(
         self, images: Tensor, kinds: Mapping[str, MapPlan], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Kinds: those of `kinds`, and `cam_aux`. `fused` is CAM x LAM brought to [0, 1] again, each of them as its own
-        plan says, else as that of `fused`. `seg`: logits."""
-        plans = dict(kinds)
-        if "fused" in plans:
-            own = plans.pop("fused")
-            plans = {"cam": own, "lam": own, **plans}
-        made = fused_maps(images, {k: (plan, FUSIONS[k]) for k, plan in plans.items()}, self.network.coarse_maps)
+        """Kinds: those of `kinds`, and `cam_aux`. `seg`: logits. `fused`: CAM x LAM brought to [0, 1] again, both
+        made as its own plan says, or, where that has no scales, the two that are asked for beside it."""
+        made = self._separate_maps(images, {kind: plan for kind, plan in kinds.items() if kind != "fused"})
         if "fused" in kinds:
-            made["fused"] = min_max(made["cam"] * made["lam"])
+            both = dict.fromkeys(("cam", "lam"), kinds["fused"])
+            known = not kinds["fused"].scales or all(kinds.get(kind) == plan for kind, plan in both.items())
+            factors = made if known else self._separate_maps(images, both)
+            made["fused"] = min_max(factors["cam"] * factors["lam"])
         return {kind: made[kind] for kind in kinds}
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
         """Class logits (B, K), one pass."""
         return full_precision(self.network.classify(images))
+
+    def _separate_maps(self, images: Tensor, plans: Mapping[str, MapPlan]) -> dict[str, Tensor]:
+        return fused_maps(images, {k: (plan, FUSIONS[k]) for k, plan in plans.items()}, self.network.coarse_maps)
 
     @torch.no_grad()
     def _training_cams(self, images: Tensor, out: Outputs) -> dict[str, Tensor]:

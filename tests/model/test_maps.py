@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.baselines.plain_maps import plain_localization, plain_segmentation
+from engine.config import load_config
+from model import build_method
 from model.method import MapPlan
 from model.multi_scale import LARGEST, SUM, SUM_OF_POSITIVE, fused_maps, min_max
 from model.par import par_affinity, par_refine
@@ -132,3 +134,21 @@ def test_valid_tokens():
     valid = torch.ones(1, 34, 60, dtype=torch.bool)      # 2 and 12 pixels more than whole patches
     valid[:, 31:], valid[:, :, 17] = False, False
     assert valid_tokens(valid, (16, 16)).tolist() == [[[True, False, True], [False, False, False]]]
+
+
+def test_fused_is_made_as_its_own_plan_says():
+    """Whatever CAM and LAM are asked for beside it; without scales it is the product of these."""
+    method, images = tiny_more(), torch.randn(1, 3, 64, 64)
+    own = MapPlan((1.0,), flip=True)
+    alone = method.maps(images, {"fused": own})["fused"]
+    others = {"cam": MapPlan((1.0, 0.5), flip=True), "lam": own}
+    torch.testing.assert_close(method.maps(images, {**others, "fused": own})["fused"], alone)
+    made = method.maps(images, {**others, "fused": MapPlan(())})
+    torch.testing.assert_close(made["fused"], min_max(made["cam"] * made["lam"]))
+    assert (made["fused"] - alone).abs().max() > 1e-3
+
+
+def tiny_more():
+    torch.manual_seed(0)
+    args = "model.backbone_args={embed_dim: 32, depth: 3, num_heads: 2, img_size: 64, patch_size: 8}"
+    return build_method(load_config("more_voc", [args, "model.decoder_channels=16"]), 4).eval()

@@ -30,7 +30,7 @@ def test_checkpoint_is_taken_out(calls, tmp_path):
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("argv", [[], ["seed=1"], ["checkpoint="]])
+@pytest.mark.parametrize("argv", [[], ["seed=1"]])
 def test_no_checkpoint(argv, tool):
     with pytest.raises(UserError, match="required: CHECKPOINT"):
         tool.main(argv)

@@ -43,3 +43,17 @@ def test_counts(text):
     assert result.parse_args(["--most", "3"]).most == 3
     with pytest.raises(UserError, match=f"--most: '{text}' is no number of 1 or more"):
         result.parse_args([f"--most={text}"])
+
+
+@pytest.mark.parametrize(("item", "words"), [
+    ("checkpoint=w.pth", "checkpoint=w.pth: write the path alone, first in its place"),
+    ("output=masks", "output=masks: write --output VALUE in its place"),
+])  # fmt: skip
+def test_arguments_of_the_former_dialect_are_told_apart(item, words):
+    with pytest.raises(UserError, match=words):
+        CheckpointParser(None, "").read([item])
+
+
+def test_a_long_pair_is_no_file():
+    names = ",".join(f"class_number_{index}" for index in range(40))
+    assert CheckpointParser(None, "").read(["w.pth", f"data.classes=[{names}]"]).settings == [f"data.classes=[{names}]"]
