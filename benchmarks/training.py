@@ -52,15 +52,9 @@ ALLOWED_DIFFERENCE = {"fp32": 1e-3, "bf16": 5e-2}   # of a loss term, relative t
 LATE = 12_000   # an iteration at which every term has a weight and token labels come from the main CAM
 
 
-
-
-
 def step_config(options: argparse.Namespace, precision: str) -> RunConfig:
     overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"train.precision={precision}"]
     return load_config("more_voc", [*overrides, f"data.crop_size={options.crop}"])
-
-
-
 
 
 def make_trainer(config: RunConfig, plain: bool, device: str) -> Trainer:

@@ -275,8 +275,8 @@ def test_a_base_that_is_no_name(run_yaml):
 
 
 def test_paths_in_free_mappings_are_not_shared():
-    config = load_config(None, ["model.backbone_args={pretrained_cfg_overlay: {file: /home/me/secret/x.pth}, depth: 2}"])
-    assert portable(config)["model"]["backbone_args"] == {"pretrained_cfg_overlay": {"file": "x.pth"}, "depth": 2}
+    config = load_config(None, ["model.backbone_args={overlay: {file: /home/me/secret/x.pth}, depth: 2}"])
+    assert portable(config)["model"]["backbone_args"] == {"overlay": {"file": "x.pth"}, "depth": 2}
 
 
 def test_a_config_can_be_pickled():
