@@ -91,7 +91,8 @@ def _classes_of(data: Data, root: Path) -> tuple[str, ...]:
     names = [line.strip() for line in own.read_text(encoding="utf-8").splitlines() if line.strip()]
     classes = tuple(name for name in names if name != "background")
     if not classes or len(set(names)) != len(names):
-        raise UserError(f"{own}: expected names of classes, all different, one on each line; or give data.classes")
+        expected = "expected the names of the classes, all different, one on each line"
+        raise UserError(f"{own}: {expected}; or give data.classes")
     return classes
 
 
