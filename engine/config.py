@@ -15,17 +15,7 @@ from pydantic import model_validator
 from datasets.config import Data
 from model import METHODS
 from model.method import Method
-from utils.config import (
-    COMMAND_LINE,
-    Layers,
-    flatten,
-    read_overrides,
-    read_yaml,
-    save_yaml,
-    shown,
-    text_keys,
-    without_folders,
-)
+from utils.config import COMMAND_LINE, Layers, flatten, read_yaml, save_yaml, shown, without_folders
 from utils.errors import UserError, did_you_mean
 from utils.files import ROOT
 from utils.schema import (
@@ -232,12 +222,11 @@ def _stacked(layers: list[tuple[Mapping, str]], overrides: Sequence[str]) -> Lay
     given = [(item.partition("=")[2], COMMAND_LINE) for item in overrides if item.startswith("method=")]
     named = [(str(content["method"]), source) for content, source in layers if content.get("method")]
     method, source = [(DEFAULT_METHOD, "by default"), *named, *given][-1]
-    schema = schema_of(method, source)
-    result = Layers(schema, _renamed(method))
+    result = Layers(schema_of(method, source), _renamed(method))
     result.add(flatten(METHODS[method].defaults), f"default of {method}")
     for content, source in layers:
         result.add(up_to_date(content, source, method), source)
-    result.add(read_overrides(overrides, text_keys(schema)), COMMAND_LINE)
+    result.add_overrides(overrides)
     return result
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from engine.config import schema_of
-from engine.inference.plan import titles
+from engine.inference.plan import title_of
 from model import METHODS
 from report.charts import (
     LEVELS,
@@ -248,7 +248,7 @@ def code(note: str) -> Markup:
 def name_of(key: str, method: str) -> str:
     """The title of a row, named `KIND` or `KIND_crf`: that of the kind, with `, CRF` behind it."""
     kind = key.removesuffix("_crf")
-    return titles(method).get(kind, kind) + (", CRF" if key != kind else "")
+    return title_of(method, kind) + (", CRF" if key != kind else "")
 
 
 def colour_of(run: Run, kind: str) -> str:

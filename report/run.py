@@ -15,8 +15,8 @@ import yaml
 from engine.config import DEFAULT_METHOD, RunConfig, load_config, up_to_date
 from engine.evaluation.image_scores import EVALUATIONS
 from engine.evaluation.results import title
+from engine.inference.plan import kinds_of
 from model import METHODS
-from model.method import MapKind
 from report.private import public
 from utils.config import flatten
 from utils.errors import UserError
@@ -153,11 +153,6 @@ def default_config(method: str) -> dict[str, Any]:
 def method_of(settings: Mapping) -> str:
     """The method of a config or of a row of results.json; early ones do not name theirs."""
     return str(settings.get("method") or DEFAULT_METHOD)
-
-
-def kinds_of(method: str) -> Mapping[str, MapKind]:
-    """The kinds of map of a method, in the order of tables; none of a method that this version does not know."""
-    return METHODS[method].kinds if method in METHODS else {}
 
 
 def read_metrics(path: Path, notes: list[str]) -> dict[str, Series]:

@@ -60,6 +60,11 @@ class Layers:
                 self.sources[full] = source
             self.values[full] = value
 
+    def add_overrides(self, items: Sequence[str]) -> None:
+        """Puts key=value pairs of the command line on top; texts stay as they were typed. Raises UserError."""
+        texts = {full for full, declared in self.keys.items() if is_text(declared.type)}
+        self.add(read_overrides(items, texts), COMMAND_LINE)
+
     def resolve(self) -> Section:
         """The checked section. Raises UserError for a value of another type or range than its key's."""
         try:
@@ -158,10 +163,6 @@ def read_overrides(items: Sequence[str], texts: Collection[str]) -> dict[str, An
                 raise UserError(f"{full}={text} {COMMAND_LINE} cannot be read: {_one_line(error)}") from error
         result |= flatten({full: value})
     return result
-
-
-def text_keys(schema: type[Section]) -> set[str]:
-    return {full for full, declared in keys(schema).items() if is_text(declared.type)}
 
 
 def without_folders(config: Section) -> dict:

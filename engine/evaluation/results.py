@@ -3,11 +3,11 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config import DEFAULT_METHOD
-from engine.inference.plan import Plan, Row, titles
+from engine.inference.plan import Plan, Row, title_of
 from utils.errors import UserError
 from utils.files import replacing
 from utils.metrics import Scores
@@ -44,17 +44,17 @@ def title(row: dict) -> str:
 
     Rows of early evaluations do not name their method: it was the default one.
     """
-    names = titles(row.get("method", DEFAULT_METHOD))
+    method = row.get("method", DEFAULT_METHOD)
     scales, labels, count = row["scales"], row["image_labels"], row["images"]
     parts = [
-        f"{names.get(row['map'], row['map'])}: {row['dataset']} {row['split']}",
+        f"{title_of(method, row['map'])}: {row['dataset']} {row['split']}",
         f"{count} image{'s' if count != 1 else ''}",
         f"{'multi' if len(scales) > 1 else 'single'} scale ({' '.join(f'{scale:g}' for scale in scales)})",
         "flip" if row["flip"] else "no flip",
         "CRF" if row["crf"] else "no CRF",
         f"image labels {labels}" if labels else "no image labels used",
     ]
-    return ", ".join([*parts, *_details(row, names)])
+    return ", ".join([*parts, *_details(row, method)])
 
 
 def summary_line(scores: Scores, heading: str) -> str:
@@ -103,10 +103,10 @@ def _append(path: Path, rows: list[dict]) -> None:
         part.write_text(json.dumps([*earlier, *rows], indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _details(row: dict, names: Mapping[str, str]) -> list[str]:
+def _details(row: dict, method: str) -> list[str]:
     """The entries that rows of early evaluations do not have."""
     source, bkg, side = row.get("predicted_from"), row.get("background"), row.get("input")
-    parts = [f"predicted by the {names.get(source, source)}"] if source else []
+    parts = [f"predicted by the {title_of(method, source)}"] if source else []
     parts += [f"background {bkg:g}"] if bkg is not None else []
     size = "native size" if side is None else f"input {side}x{side}"
     return parts + [size] if "input" in row else parts

@@ -17,7 +17,7 @@ import torch
 from datasets import FileItem, ImageFiles, unique_names
 from engine.inference.batch import Prediction
 from engine.inference.pictures import save_picture
-from engine.inference.plan import Plan, row_name
+from engine.inference.plan import Plan, row_name, title_of
 from engine.inference.prediction_folder import Predictor, Written
 from utils.errors import UserError
 from utils.files import replacing
@@ -51,7 +51,8 @@ def predict_files(
     def finished(name: str) -> bool:
         return is_done(_json_path(folder, name)) and _is_of(_json_path(folder, name), path_of[name])
 
-    return predictor.write(dataset, _Writer(folder, predictor.classes, plan), finished, "predict")
+    write = _Writer(folder, predictor.classes, plan, predictor.config.method)
+    return predictor.write(dataset, write, finished, "predict")
 
 
 def given_labels(text: str, classes: Sequence[str]) -> torch.Tensor:
@@ -74,8 +75,9 @@ def least_side(plan: Plan) -> int:
 class _Writer:
     """Writes what became of an image; called by several threads."""
 
-    def __init__(self, folder: Path, classes: Sequence[str], plan: Plan) -> None:
+    def __init__(self, folder: Path, classes: Sequence[str], plan: Plan, method: str) -> None:
         self.folder, self.classes, self.plan = folder, classes, plan
+        self.source = plan.predicted and title_of(method, plan.predicted)
 
     def __call__(self, item: FileItem, prediction: Prediction) -> None:
         image = to_uint8(item.image)
@@ -107,7 +109,7 @@ class _Writer:
         entry = {
             "image": str(item.path), "height": item.size[0], "width": item.size[1],
             "computed": list(item.image.shape[1:]),
-            "image_labels": f"predicted by the {self.plan.predicted}" if self.plan.predicted else "given",
+            "image_labels": f"predicted by the {self.source}" if self.source else "given",
             "present": present, "scores": dict(zip(self.classes, scores, strict=True)), "shares": shares,
         }
         with replacing(_json_path(self.folder, item.name)) as part:

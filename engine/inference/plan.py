@@ -84,9 +84,15 @@ def maps_setting(kinds: Sequence[str]) -> str:
     return f"evaluate.maps=[{','.join(kinds)}]"
 
 
-def titles(method: str) -> Mapping[str, str]:
-    """What the kinds of a method are called in print; those of an unknown method by their names."""
-    return {kind: is_of.title for kind, is_of in METHODS[method].kinds.items()} if method in METHODS else {}
+def kinds_of(method: str) -> Mapping[str, MapKind]:
+    """The kinds of map of a method, in the order of tables; none of a method that this version does not know."""
+    return METHODS[method].kinds if method in METHODS else {}
+
+
+def title_of(method: str, kind: str) -> str:
+    """What a kind of map is called in print: its title, its name where the method does not declare it."""
+    declared = kinds_of(method).get(kind)
+    return declared.title if declared else kind
 
 
 def _map_plan(config: RunConfig, kind: str, declared: MapKind) -> MapPlan:
