@@ -60,17 +60,17 @@ class ScaleAndPad:
     def __call__(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """RGB uint8 (H, W, 3) -> normalised float32 (3, S, S), valid bool (S, S).
 
-        Padding is the ImageNet mean, 0 after normalisation, and False in valid.
+        Padding is black, as released, and False in valid.
         """
         picture = self.jitter(Image.fromarray(image))
         factor = torch.empty(()).uniform_(*self.resize_range).item()
-        size = [max(1, round(side * factor)) for side in image.shape[:2]]
+        size = [max(1, int(side * factor)) for side in image.shape[:2]]
         picture = self.flip(F.resize(picture, size, InterpolationMode.BILINEAR))
         return self._pad_or_crop(normalize(np.asarray(picture)))
 
     def _pad_or_crop(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(3, h, w) -> (3, S, S) and valid (S, S): a random window of a long side, a random place of a short one."""
-        crop = torch.zeros(3, self.crop_size, self.crop_size)
+        crop = normalize(np.zeros((self.crop_size, self.crop_size, 3), np.uint8))
         valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
         source, target = zip(*(self._window(side) for side in image.shape[1:]), strict=True)
         crop[:, target[0], target[1]] = image[:, source[0], source[1]]

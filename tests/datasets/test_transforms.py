@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from datasets.config import Data
 from datasets.transforms import build_augmentation, seeded
-from utils.images import normalize
+from utils.images import MEAN, STD, normalize
 
 
 def augmentation(name, crop_size=64, resize_range=(0.32, 1.0)):
@@ -52,13 +52,14 @@ def test_the_generator_is_put_back():
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_coco_padding_is_zero_and_marked():
-    transform, image = augmentation("scale_and_pad", 64, (0.5, 0.5)), np.full((60, 100, 3), 250, np.uint8)
-    tops = set()
+def test_coco_padding_is_black_and_marked():
+    """Half of 61 x 101 pixels is 30 x 50."""
+    transform, image = augmentation("scale_and_pad", 64, (0.5, 0.5)), np.full((61, 101, 3), 250, np.uint8)
+    black, tops = -torch.tensor(MEAN) / torch.tensor(STD), set()
     for seed in range(20):
         with seeded(seed):
             crop, valid = transform(image)
-        assert (crop[:, ~valid] == 0).all() and valid.sum() == 30 * 50
+        torch.testing.assert_close(crop[:, ~valid], black[:, None].expand(3, 64 * 64 - 30 * 50))
         rows, columns = valid.any(1).nonzero().flatten(), valid.any(0).nonzero().flatten()
         assert len(rows) == 30 and rows[-1] - rows[0] == 29 and len(columns) == 50 and columns[-1] - columns[0] == 49
         tops.add(int(rows[0]))
