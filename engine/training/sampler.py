@@ -5,12 +5,18 @@ from collections.abc import Iterator
 import torch
 
 
+def used_images(length: int, batch_size: int) -> int:
+    """How many of `length` images an epoch uses."""
+    return length if length < batch_size else length - length % batch_size
+
+
 class GlobalBatches:
     """Batches of (index, seed) pairs for one process, from iteration `start` on.
 
-    Sample number n of a run is entry n of shuffled epochs strung together, and its seed follows from n; a global batch
-    takes the next `batch_size` samples and each process an equal, contiguous share. Neither the number of processes
-    nor a restart changes what is drawn.
+    Sample number n of a run is entry n of shuffled epochs, each without what does not fill a whole batch (as released),
+    strung together, and its seed follows from n; a global batch takes the next `batch_size` samples and each process an
+    equal, contiguous share. Fewer images than a batch fill it together with those of the next epochs. Neither the
+    number of processes nor a restart changes what is drawn.
     """
 
     def __init__(
@@ -18,6 +24,7 @@ class GlobalBatches:
     ) -> None:
         self.length, self.batch_size, self.iterations, self.seed = length, batch_size, iterations, seed
         self.share, self.rank, self.start = batch_size // world, rank, start
+        self.used = used_images(length, batch_size)   # of every epoch
 
     def __len__(self) -> int:
         return max(self.iterations - self.start, 0)
@@ -28,10 +35,10 @@ class GlobalBatches:
             first = iteration * self.batch_size + self.rank * self.share
             batch = []
             for number in range(first, first + self.share):
-                if number // self.length != epoch:
-                    epoch = number // self.length
+                if number // self.used != epoch:
+                    epoch = number // self.used
                     order, seeds = self._epoch(epoch)
-                batch.append((order[number % self.length], seeds[number % self.length]))
+                batch.append((order[number % self.used], seeds[number % self.used]))
             yield batch
 
     def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ from engine.config import RunConfig, Train
 from engine.distributed import Ranks, loader_workers, use_tf32
 from engine.evaluation.evaluate import validate
 from engine.training.run import Run
-from engine.training.sampler import GlobalBatches
+from engine.training.sampler import GlobalBatches, used_images
 from engine.training.step import Trainer
 from model import build_method
 
@@ -48,8 +48,8 @@ def train(config: RunConfig, ranks: Ranks) -> Path:
 
 
 def training_length(train: Train, images: int) -> int:
-    """Iterations of a training; epochs are strung together, so that only the last batch of all can lack images."""
-    return train.iterations or max(1, train.epochs * images // train.batch_size)
+    """Iterations of a training; an epoch has no partial batch."""
+    return train.iterations or max(1, train.epochs * used_images(images, train.batch_size) // train.batch_size)
 
 
 def _loader(train_set: Dataset, trainer: Trainer) -> DataLoader:

@@ -1,6 +1,10 @@
 """Batches are a function of the seed and the iteration alone."""
 
+import pytest
+
+from engine.config import Train
 from engine.training.sampler import GlobalBatches
+from engine.training.train import training_length
 
 
 def flat(batches):
@@ -18,12 +22,13 @@ def test_a_restart_goes_on():
     assert len(GlobalBatches(10, 4, 12, seed=3, start=5)) == 7
 
 
-def test_every_epoch_holds_every_sample_once():
-    pairs = flat(GlobalBatches(10, 4, 15, seed=0))
-    for epoch in range(6):
-        assert sorted(index for index, _ in pairs[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+@pytest.mark.parametrize(("batch_size", "used"), [(5, 10), (4, 8), (16, 10)])
+def test_an_epoch_holds_no_sample_twice_and_no_partial_batch(batch_size, used):
+    """Unless there are fewer images than a batch has, which they then fill together with those of the next epochs."""
+    batches = list(GlobalBatches(10, batch_size, 20, seed=0))
+    pairs, epochs = flat(batches), 20 * batch_size // used
+    assert {len(batch) for batch in batches} == {batch_size}
+    drawn = [{index for index, _ in pairs[epoch * used :][:used]} for epoch in range(epochs)]
+    assert {len(epoch) for epoch in drawn} == {used} and set().union(*drawn) == set(range(10))
     assert len({seed for _, seed in pairs}) == len(pairs)
-
-
-def test_more_images_a_batch_than_there_are():
-    assert [len(batch) for batch in GlobalBatches(3, 8, 2, seed=0)] == [8, 8]
+    assert training_length(Train(epochs=3, iterations=None), 10) == 3 * 2   # 4 images a batch
