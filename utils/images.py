@@ -73,8 +73,11 @@ def normalize(image: np.ndarray) -> torch.Tensor:
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
-    """Normalised (..., 3, H, W) -> float 0..255, neither rounded nor truncated."""
-    return (images * _column(STD, images) + _column(MEAN, images)) * 255
+    """Normalised (..., 3, H, W) -> float 0..255, neither rounded nor truncated.
+
+    x * (255 std) + 255 mean, as released: PAR truncates it, and in another order more grey values become one less.
+    """
+    return images * _column(STD, images, 255) + _column(MEAN, images, 255)
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
@@ -160,8 +163,8 @@ def _codes(rgb: np.ndarray) -> np.ndarray:
     return (rgb.astype(np.int64) << np.array([16, 8, 0])).sum(-1)
 
 
-def _column(values: tuple, like: torch.Tensor) -> torch.Tensor:
-    return _kept_column(values, like.dtype, like.device)
+def _column(values: tuple, like: torch.Tensor, times: int = 1) -> torch.Tensor:
+    return _kept_column(tuple(value * times for value in values), like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=16)
