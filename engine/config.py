@@ -58,7 +58,7 @@ class Train(Section):
     betas: tuple[Share, Share] = key((0.9, 0.999), "code of MoRe: of adamw")
     momentum: Share = key(0.9, "ours: of sgd")
     precision: Literal["fp32", "bf16"] = key("fp32", "ours: bf16 is autocast, losses stay fp32")
-    tf32: Flag = key(False, "ours: GPU, float32 products in TF32, faster and less exact")
+    tf32: Flag = key(False, "ours: GPU, float32 matrix products in TF32 too, as convolutions are")
     compile: Flag = key(False, "ours: torch.compile, slow first iterations")
     log_every: Count = key(20, "ours: iterations between lines of metrics.jsonl and the log")
     picture_every: Count = key(1000, "ours: iterations between TensorBoard pictures")
