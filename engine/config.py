@@ -148,6 +148,7 @@ def load_config(name: str | os.PathLike | None = None, overrides: Sequence[str] 
 
 def load_settings(settings: Mapping, source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The same from settings that are at hand, as `portable` gives them; source: where they are from, for errors."""
+    settings = {**settings, "model": {"normalize": "imagenet", **settings.get("model", {})}}   # before that key
     return _stacked([(settings, f"in {source}")], overrides).resolve()
 
 

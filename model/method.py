@@ -5,7 +5,7 @@ images are float (B, 3, H, W), normalised with ImageNet mean and std; labels mul
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 
@@ -43,12 +43,24 @@ class Released(NamedTuple):
     classes: int
 
 
+TIMM = "timm"   # value of model.weights
+
+
 class ModelSection(Section):
     """The keys of `model` that every method has: the engine fetches and loads the start weights."""
 
     backbone: Text | None = key(None, "each method's own")
     backbone_args: Free = key({}, "ours: for timm, such as {depth: 6, patch_size: 8}")
     weights: FilePath | None = key(None, "ours: a name of weights/registry.yaml, a file, timm, or random")
+    normalize: Literal["imagenet", "timm"] | None = key(
+        None, "ours: whose mean and std the backbone gets; null: timm's for a backbone NAME.TAG or weights of timm"
+    )
+
+    @property
+    def timm_statistics(self) -> bool:
+        """Whether the backbone gets images with the mean and std that timm states for it, and not ImageNet's."""
+        by_name = "." in (self.backbone or "") or self.weights == TIMM
+        return self.normalize == "timm" or (self.normalize is None and by_name)
 
 
 class Method(nn.Module):

@@ -87,7 +87,8 @@ def plain_features(
     x = backbone.patch_embed.proj(images)
     h, w = x.shape[-2:]
     x = backbone.patch_embed.norm(x.flatten(2).transpose(1, 2))
-    x = backbone.norm_pre(torch.cat([backbone.tokens.expand(len(x), -1, -1), x], 1) + backbone.positions(h, w))
+    x = torch.cat([backbone.tokens.expand(len(x), -1, -1), x], 1) + backbone.positions(*images.shape[-2:])
+    x = backbone.norm_pre(x)
     prefix = backbone.tokens.shape[1]
     for index, block in enumerate(backbone.blocks):
         attended, attention = plain_attention(block.attn, block.norm1(x))

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from engine.checkpoints.files import read_tensors
 from engine.distributed import main_first
-from model.method import Method, ModelSection
+from model.method import TIMM, Method, ModelSection
 from utils.download import fetch, find, registry
 from utils.errors import UserError
 from utils.files import ROOT
 
-RANDOM, TIMM = "random", "timm"
+RANDOM = "random"
 WRAPPINGS = ("model", "state_dict")   # keys some files hold their weights under, DeiT's the first
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.backbones.mlp import RecomputingMlp
 from model.backbones.start_weights import read_start_weights
 from utils.errors import UserError, did_you_mean
+from utils.images import MEAN, STD
 
 
 class ViTFeatures(NamedTuple):
@@ -28,10 +29,14 @@ class MultiClassTokenViT(nn.Module):
     name, args: a timm VisionTransformer and its keyword arguments.
     num_classes: K, without background. registers: R.
     aux_block: index of the block whose un-normalised output is the auxiliary map (-3 in MoRe).
+    timm_statistics: whether the blocks get images with timm's mean and std for `name`, and not ImageNet's.
     Raises UserError where `name` is not a plain ViT with a class token and a position table, saying why.
     """
 
-    def __init__(self, name: str, args: dict, num_classes: int, registers: int = 4, aux_block: int = -3) -> None:
+    def __init__(
+        self, name: str, args: dict, num_classes: int, registers: int = 4, aux_block: int = -3,
+        timm_statistics: bool = False,
+    ) -> None:
         super().__init__()
         vit = _plain_vit(name, args)
         depth = len(vit.blocks)
@@ -41,6 +46,8 @@ class MultiClassTokenViT(nn.Module):
         self.embed_dim, self.grid_size = vit.embed_dim, tuple(vit.patch_embed.grid_size)
         self.patch_size = tuple(vit.patch_embed.patch_size)
         self.patch_embed, self.norm_pre, self.blocks = vit.patch_embed, vit.norm_pre, vit.blocks
+        self.register_buffer("statistics", _to_statistics(vit.pretrained_cfg), persistent=False)
+        self.timm_statistics = timm_statistics
         self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
         for block in self.blocks:
             if RecomputingMlp.fits(getattr(block, "mlp", None)):
@@ -55,8 +62,8 @@ class MultiClassTokenViT(nn.Module):
         """Starts from an image model's weights, under timm's names (`read_start_weights`).
 
         The class token and its position are repeated to all class tokens and registers. Registers that the weights
-        have are the first of ours; the others are redrawn from a truncated normal with std 1. Patch positions are
-        resized bicubically to this model's grid.
+        have are the first of ours; the positions of the others are redrawn from a truncated normal with std 1. Patch
+        positions are resized bicubically to this model's grid.
         Raises UserError naming the first missing, unexpected or misshaped key.
         """
         layers = {k: v.shape for k, v in self.state_dict().items() if k not in ("tokens", "token_pos", "patch_pos")}
@@ -69,17 +76,23 @@ class MultiClassTokenViT(nn.Module):
         self.token_pos.copy_(start.class_pos.expand_as(self.token_pos))
         self.tokens[:, :given], self.token_pos[:, :given] = start.registers, start.register_pos
         if given < self.registers:
-            nn.init.trunc_normal_(self.tokens[:, given : self.registers], std=1.0)
+            nn.init.trunc_normal_(self.token_pos[:, given : self.registers], std=1.0)
         patches = start.patch_pos
         if tuple(patches.shape[-2:]) != self.grid_size:
             patches = F.interpolate(patches, self.grid_size, mode="bicubic", align_corners=False)
         self.patch_pos.copy_(patches.flatten(2).transpose(1, 2))
 
-    def positions(self, h: int, w: int) -> Tensor:
-        """Position embeddings (1, R + K + h*w, D); the sampling follows the factors (h+0.1)/h0, (w+0.1)/w0 of DINO."""
+    def positions(self, height: int, width: int) -> Tensor:
+        """Position embeddings (1, R + K + h*w, D) for images of this size in pixels.
+
+        The sampling follows the factors (h+0.1)/h0, (w+0.1)/w0 of DINO. As released, images that are not square are
+        sampled too where they have as many patches as the table, but for those of exactly this model's size.
+        """
         h0, w0 = self.grid_size
+        h, w = height // self.patch_size[0], width // self.patch_size[1]
+        own = (h0 * self.patch_size[0], w0 * self.patch_size[1])
         patches = self.patch_pos
-        if (h, w) != (h0, w0):
+        if (h, w) != (h0, w0) or (height != width and (height, width) != own):
             table = patches.transpose(1, 2).unflatten(2, (h0, w0))
             factors = ((h + 0.1) / h0, (w + 0.1) / w0)
             table = F.interpolate(table, scale_factor=factors, mode="bicubic", align_corners=False)
@@ -88,10 +101,13 @@ class MultiClassTokenViT(nn.Module):
 
     def forward(self, images: Tensor) -> ViTFeatures:
         """images (B, 3, H, W), normalised; what does not fill a whole patch on the right and below is cut off."""
+        if self.timm_statistics:
+            gain, shift = self.statistics
+            images = images * gain + shift
         x = self.patch_embed.proj(images)
         h, w = x.shape[-2:]
         x = self.patch_embed.norm(x.flatten(2).transpose(1, 2))
-        x = torch.cat([self.tokens.expand(len(x), -1, -1), x], dim=1) + self.positions(h, w)
+        x = torch.cat([self.tokens.expand(len(x), -1, -1), x], dim=1) + self.positions(*images.shape[-2:])
         x = self.norm_pre(x)
         prefix = self.tokens.shape[1]
         for index, block in enumerate(self.blocks):
@@ -128,6 +144,12 @@ def _not_plain(vit: nn.Module) -> str | None:
     if type(vit.patch_embed) is not PatchEmbed:
         return f"its patches come from a {type(vit.patch_embed).__name__}, not from one convolution"
     return None
+
+
+def _to_statistics(cfg: dict) -> Tensor:
+    """(2, 3, 1, 1): the gain and the shift that bring images from ImageNet's mean and std to those of timm's `cfg`."""
+    mean, std, own_mean, own_std = map(torch.tensor, (MEAN, STD, cfg["mean"], cfg["std"]))
+    return torch.stack([std / own_std, (mean - own_mean) / own_std])[..., None, None]
 
 
 def _as_map(tokens: Tensor, h: int, w: int) -> Tensor:

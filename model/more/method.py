@@ -43,7 +43,8 @@ class MoRe(Method):
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
         m = config.model
-        backbone = MultiClassTokenViT(m.backbone, dict(m.backbone_args), num_classes, m.registers, m.aux_block)
+        args = m.backbone, dict(m.backbone_args), num_classes, m.registers, m.aux_block
+        backbone = MultiClassTokenViT(*args, timm_statistics=m.timm_statistics)
         self.network = MoReNetwork(backbone, m.token_ratio, m.decoder_channels)
         self.token_order = hashed_order    # which tokens the uncertain loss samples first
 

@@ -3,9 +3,12 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
+from engine.config import load_config, load_settings, portable, split_config
 from model.backbones.vit import MultiClassTokenViT
 from utils.errors import UserError
+from utils.images import MEAN, STD
 
 SMALL = {"embed_dim": 32, "depth": 4, "num_heads": 2, "img_size": 64, "patch_size": 8}
 NAME, K, R = "vit_tiny_patch16_224", 5, 4
@@ -25,12 +28,12 @@ def classifier(**args):
 
 
 def test_start_weights(vit):
-    """One token: the network is timm's own, with the class token and its position repeated."""
+    """The class token and its position are repeated; the positions of the registers, not their tokens, are redrawn."""
     weights = classifier().state_dict()
     vit.load_start_weights(weights)
-    assert torch.equal(vit.tokens[:, R:], weights["cls_token"].expand(1, K, -1))
-    assert not torch.equal(vit.tokens[:, :R], weights["cls_token"].expand(1, R, -1))
-    assert torch.equal(vit.token_pos, weights["pos_embed"][:, :1].expand(1, R + K, -1))
+    assert torch.equal(vit.tokens, weights["cls_token"].expand(1, R + K, -1))
+    assert torch.equal(vit.token_pos[:, R:], weights["pos_embed"][:, :1].expand(1, K, -1))
+    assert len(vit.token_pos[:, :R].unique()) == R * 32 and 0.5 < vit.token_pos[:, :R].std() < 1.5
     assert torch.equal(vit.patch_pos, weights["pos_embed"][:, 1:])
 
 
@@ -65,6 +68,50 @@ def test_any_size(vit, size, grid):
     features = vit(torch.randn(2, 3, *size))
     assert features.patches.shape == features.aux.shape == (2, 32, *grid)
     assert features.class_tokens.shape == (2, K, 32)
+
+
+def test_the_position_table_is_sampled_unless_the_input_is_square(vit):
+    """64 pixels are the model's own size; 70 x 65 has as many patches."""
+    plain = vit.positions(64, 64)[:, R + K :]
+    assert torch.equal(plain, vit.patch_pos) and torch.equal(vit.positions(70, 70)[:, R + K :], plain)
+    table = plain.transpose(1, 2).unflatten(2, (8, 8))
+    sampled = F.interpolate(table, scale_factor=(8.1 / 8, 8.1 / 8), mode="bicubic").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(vit.positions(70, 65)[:, R + K :], sampled)
+    assert (sampled - plain).abs().max() > 1e-3
+
+
+def test_mean_and_std_of_the_weights():
+    """CLIP's image tower gets images with CLIP's statistics, whatever the data set normalised them with."""
+    name, args, k = "vit_base_patch16_clip_quickgelu_224.openai", {**TINY, "img_size": 64}, (1, 3, 1, 1)
+    torch.manual_seed(0)
+    imagenet, clip = (MultiClassTokenViT(name, args, 1, 0, -1, timm_statistics=own).eval() for own in (False, True))
+    clip.load_state_dict(imagenet.state_dict())
+    pixels = torch.rand(1, 3, 64, 64)
+    cfg = timm.create_model(name, pretrained=False, **args).pretrained_cfg
+    statistics = (MEAN, STD), (cfg["mean"], cfg["std"])
+    given = [(pixels - torch.tensor(mean).view(k)) / torch.tensor(std).view(k) for mean, std in statistics]
+    assert (given[0] - given[1]).abs().max() > 0.05
+    with torch.no_grad():
+        torch.testing.assert_close(clip(given[0]).patches, imagenet(given[1]).patches)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own"),
+    [
+        ([], False),
+        (["config=more_voc_clip"], True),
+        (["model.weights=timm"], True),
+        (["model.backbone=vit_base_patch16_clip_224.openai", "model.weights=clip.safetensors"], True),
+        (["config=more_voc_clip", "model.normalize=imagenet"], False),
+    ],
+)
+def test_whose_statistics(overrides, own):
+    name, overrides = split_config(overrides, "more_voc")
+    config = load_config(name, overrides)
+    assert config.model.timm_statistics == own
+    before = portable(config)
+    del before["model"]["normalize"]   # as checkpoints of earlier versions, which all were trained with ImageNet's
+    assert not load_settings(before, "in a file").model.timm_statistics
 
 
 def test_the_rest_of_an_image_is_cut_off(vit):
@@ -138,7 +185,7 @@ def test_registers_that_the_weights_have_are_the_first():
     ours.load_start_weights(weights)
     assert torch.equal(ours.tokens[:, :4], weights["reg_token"])
     assert torch.equal(ours.tokens[:, 6:], weights["cls_token"].expand(1, K, -1))
-    assert 0.5 < ours.tokens[:, 4:6].std() < 1.5 and not ours.token_pos.any()
+    assert 0.5 < ours.token_pos[:, 4:6].std() < 1.5 and ours.token_pos.any(2).sum() == 2
     with pytest.raises(UserError, match=r"'reg_token' holds 4 registers: give model\.registers=4 or more"):
         MultiClassTokenViT(name, args, K, 2)
 
