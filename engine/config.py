@@ -82,7 +82,7 @@ class Evaluate(Section):
     flip: Flag = key(True, "code of MoRe")
     image_labels: Literal["given", "predicted"] = key("given", "ours: whose image labels restrict the maps")
     predict_from: Text = key(CLASSIFIER, "ours: or a kind of map with background, such as seg")
-    min_pixels: Count = key(5, "code of MoRe: a class of a map counts from this many pixels")
+    min_pixels: Count = key(5, "code of MoRe: a class counts from this many pixels of the coarse map")
     bkg: Share = key(0.5, "code of MoRe: background threshold")
     crf: Flag = key(False, "ours")
     images: Count | None = key(None, "ours: null: the whole split; a number: the first that many")

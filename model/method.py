@@ -28,12 +28,17 @@ class MapKind(NamedTuple):
 
 
 class MapPlan(NamedTuple):
-    """How a map is made. side: of the square an image becomes, in pixels; None: its own size. bkg: the threshold."""
+    """How a map is made.
+
+    side: of the square an image becomes, in pixels; None: its own size. bkg: the threshold. at_own_size: whether the
+    maps of the scales are brought to the image's own size before they become one, and not after.
+    """
 
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     side: int | None = None
     bkg: float = 0.0
+    at_own_size: bool = False
 
 
 class Released(NamedTuple):
@@ -112,6 +117,13 @@ class Method(nn.Module):
         labels: image-level labels (B, K) for methods whose maps need them; None where there are none.
         """
         self._lacks("maps")
+
+    def coarse_scores(self, images: Tensor, kind: str) -> Tensor:
+        """Scores (B, K+1, h, w) of a kind with background in one pass, at the size that its network gives them.
+
+        The pixels of a class in their argmax are counted where image labels are predicted from this kind.
+        """
+        return self.maps(images, {kind: MapPlan()}, None)[kind]
 
     def classify(self, images: Tensor) -> Tensor:
         """Class logits (B, K)."""

@@ -57,14 +57,11 @@ def predict_batch(
     labels: their image-level labels (B, K), not read where the plan predicts them.
     Raises UserError, naming the image, where a map is not finite.
     """
-    class_logits = None
+    squares, class_logits = _squares(images, plan.base_size), None
     if plan.class_logits or plan.predicted == CLASSIFIER:
-        class_logits = method.classify(_squares(images, plan.base_size))
-    source = {plan.predicted} - {None, CLASSIFIER}
-    maps = method.maps(images, {kind: plan.maps[kind] for kind in source}, None) if source else {}
-    present = _present_classes(class_logits, labels, maps, plan)
-    rest = {kind: plan.maps[kind] for kind in plan.kinds if kind not in maps}
-    maps |= method.maps(images, rest, present.float()) if rest else {}
+        class_logits = method.classify(squares)
+    present = _present_classes(method, squares, class_logits, labels, plan)
+    maps = method.maps(images, {kind: plan.maps[kind] for kind in plan.kinds}, present.float())
     predictions = []
     for index, name in enumerate(names):
         own = {kind: values[index] for kind, values in maps.items()}
@@ -98,17 +95,28 @@ def _squares(images: Tensor, side: int | None) -> Tensor:
 
 
 def _present_classes(
-    class_logits: Tensor | None, labels: Tensor | None, maps: dict[str, Tensor], plan: Plan
+    method: Method, squares: Tensor, class_logits: Tensor | None, labels: Tensor | None, plan: Plan
 ) -> Tensor:
-    """bool (B, K): the given labels; or classes of logit > 0; or those with min_pixels of a map with background."""
-    if plan.predicted == CLASSIFIER:
-        return class_logits > 0
-    if plan.predicted is not None:
-        found = (torch.bincount(one.argmax(0).flatten(), minlength=len(one)) for one in maps[plan.predicted])
-        return torch.stack([counts[1:] >= plan.min_pixels for counts in found])
-    if labels is None:
-        raise ValueError("the plan takes given image labels, but there are none")
-    return labels > 0
+    """bool (B, K): the given labels; or those with min_pixels of a kind with background; or classes of logit > 0, and
+    where there is none those of the first kind with background."""
+    if plan.predicted is None:
+        if labels is None:
+            raise ValueError("the plan takes given image labels, but there are none")
+        return labels > 0
+    if plan.predicted != CLASSIFIER:
+        return _seen(method, squares, plan.predicted, plan.min_pixels)
+    present, kinds = class_logits > 0, [kind for kind, declared in method.kinds.items() if declared.background]
+    if kinds and not present.any(1).all():
+        seen = _seen(method, squares, kinds[0], plan.min_pixels)
+        present = torch.where(present.any(1, keepdim=True), present, seen)
+    return present
+
+
+def _seen(method: Method, squares: Tensor, kind: str, min_pixels: int) -> Tensor:
+    """bool (B, K): the classes with so many pixels in the argmax of the coarse scores."""
+    scores = method.coarse_scores(squares, kind)
+    ids = scores.argmax(1).flatten(1)
+    return torch.stack([torch.bincount(one, minlength=scores.shape[1])[1:] >= min_pixels for one in ids])
 
 
 def _label_map(row: Row, maps: dict[str, Tensor], present: Tensor, plan: Plan, image: Tensor) -> np.ndarray:

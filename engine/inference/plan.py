@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from engine.config import CLASSIFIER, RunConfig
+from engine.config import RunConfig
 from model import METHODS
 from model.method import MapKind, MapPlan
 from model.multi_scale import with_scale_1
@@ -14,10 +14,10 @@ Row = tuple[str, bool]     # the kind of a map, with or without CRF
 class Plan(NamedTuple):
     """What is made of an image, and how.
 
-    kinds: of the maps wanted, with what each is. maps: how each is made, and that which image labels come from.
+    kinds: of the maps wanted, with what each is. maps: how each is made.
     base_size: side of the square the image becomes; None: native size.
     predicted: None for given image labels, else where they come from: `classifier`, or a kind with background.
-    min_pixels: a class of that kind counts from this many pixels.
+    min_pixels: a class of that kind counts from this many pixels of its coarse scores.
     crf: settings of `dense_crf`, None for none; with them every label map is made without and with CRF.
     class_logits: whether the classifier's logits are wanted, whatever image labels come from.
     """
@@ -50,8 +50,7 @@ def evaluation_plan(config: RunConfig) -> Plan:
     c, declared = config.evaluate, METHODS[config.method].kinds
     wanted = tuple(declared) if c.maps is None else tuple(dict.fromkeys(c.maps))
     predicted = c.predict_from if c.image_labels == "predicted" else None
-    needed = {*wanted, predicted} - {None, CLASSIFIER}
-    maps = {kind: _map_plan(config, kind, is_of) for kind, is_of in declared.items() if kind in needed}
+    maps = {kind: _map_plan(config, kind, declared[kind]) for kind in declared if kind in wanted}
     crf = config.crf.model_dump() if c.crf else None
     return Plan({kind: declared[kind] for kind in wanted}, maps, c.base_size, predicted, c.min_pixels, crf)
 

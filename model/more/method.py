@@ -25,7 +25,6 @@ FROM_PSEUDO_LABELS = ("ptc", "certain", "uncertain", "seg", "energy")
 
 
 FUSIONS = {"cam": SUM_OF_POSITIVE, "cam_aux": SUM_OF_POSITIVE, "lam": SUM, "seg": LARGEST}
-VALIDATION_LAM_BKG = 0.5   # [code]
 
 
 class MoRe(Method):
@@ -145,9 +144,10 @@ class MoRe(Method):
 
     @classmethod
     def validation_plans(cls, config: Any) -> dict[str, MapPlan]:
-        """As released: CAM at the training scales with flip, LAM and segmentation at scale 1 without."""
+        """As released: CAM at the training scales with flip, LAM and segmentation at scale 1 without; LAM and CAM x LAM
+        are brought to [0, 1] at the image's own size."""
         plans = super().validation_plans(config)
-        plans["lam"] = plans["lam"]._replace(bkg=VALIDATION_LAM_BKG)
+        plans["lam"] = plans["lam"]._replace(at_own_size=True)
         plans["cam"] = plans["cam"]._replace(scales=with_scale_1(config.pseudo_labels.cam_scales), flip=True)
         plans["fused"] = plans["fused"]._replace(scales=())   # of these two
         return plans
@@ -171,12 +171,17 @@ class MoRe(Method):
         return {kind: made[kind] for kind in kinds}
 
     @torch.no_grad()
+    def coarse_scores(self, images: Tensor, kind: str) -> Tensor:
+        return full_precision(self.network.coarse_maps(images, [kind])[kind])
+
+    @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
         """Class logits (B, K), one pass."""
         return full_precision(self.network.classify(images))
 
     def _separate_maps(self, images: Tensor, plans: Mapping[str, MapPlan]) -> dict[str, Tensor]:
-        return fused_maps(images, {k: (plan, FUSIONS[k]) for k, plan in plans.items()}, self.network.coarse_maps)
+        fusions = {k: FUSIONS[k]._replace(from_square=False) if p.at_own_size else FUSIONS[k] for k, p in plans.items()}
+        return fused_maps(images, {k: (plan, fusions[k]) for k, plan in plans.items()}, self.network.coarse_maps)
 
     @torch.no_grad()
     def _training_cams(self, images: Tensor, out: Outputs) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from engine.config import load_config
 from engine.distributed import Ranks, cleanup
 from engine.evaluation.evaluate import evaluate
 from model import METHODS
-from model.method import Method
+from model.method import MapPlan, Method
 from model.more.config import DEFAULTS, RENAMED, MoReConfig
 from model.more.method import MoRe
 from model.multi_scale import min_max
@@ -53,6 +53,10 @@ class FakeMethod(Method):
             return torch.cat([torch.full_like(images[:, :1], 0.1), images], 1) * (1 + plan.flip)
         return {"cam": images, "lam": -images}[kind].sigmoid() * 0.9 ** (len(plan.scales) - 1)
 
+    def coarse_scores(self, images, kind):
+        """Every fourth pixel, logits changed so that the maps' own argmax would tell other classes."""
+        return self.map(images[..., ::2, ::2], kind, MapPlan(flip=True)) - torch.tensor([0.0, 2, 0, 0]).view(4, 1, 1)
+
     def classify(self, images):
         return images.mean((2, 3))
 
@@ -60,7 +64,6 @@ class FakeMethod(Method):
     def validation_plans(cls, config):
         plans = super().validation_plans(config)
         plans["cam"] = plans["cam"]._replace(scales=(1.0, 0.5), flip=True)
-        plans["lam"] = plans["lam"]._replace(bkg=0.5)
         return plans
 
 

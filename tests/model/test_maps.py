@@ -148,6 +148,20 @@ def test_fused_is_made_as_its_own_plan_says():
     assert (made["fused"] - alone).abs().max() > 1e-3
 
 
+def test_validation_maps():
+    """As released: from the patch grid to the image's own size, then to [0, 1]; LAM's threshold is the background's."""
+    method, images = tiny_more(), torch.randn(1, 3, 50, 90)
+    plans = method.validation_plans(load_config("more_coco", ["evaluate.base_size=64"]))
+    assert {plan.bkg for plan in plans.values()} == {0.45}
+    made = method.maps(images, plans)
+    square = F.interpolate(images, (64, 64), mode="bilinear")
+    coarse = method.network.coarse_maps(square, ["lam", "seg"])
+    own_size = F.interpolate(coarse["lam"], (50, 90), mode="bilinear")
+    torch.testing.assert_close(made["lam"], min_max(own_size))
+    torch.testing.assert_close(made["fused"], min_max(made["cam"] * made["lam"]))
+    assert torch.equal(method.coarse_scores(square, "seg"), coarse["seg"]) and coarse["seg"].shape == (1, 5, 8, 8)
+
+
 def tiny_more():
     torch.manual_seed(0)
     args = "model.backbone_args={embed_dim: 32, depth: 3, num_heads: 2, img_size: 64, patch_size: 8}"
