@@ -154,15 +154,27 @@ def test_final_parameters(trace):
 
 
 def test_bf16_stays_in_a_band(golden):
-    """Autocast in bf16: half of the iterations have every term within 2 % of the largest value it takes in the trace.
+    """Autocast in bf16, learning from the pseudo labels of the trace: half of the iterations have every term within 2 %
+    of the largest value it takes there, and the labels that it would have made are those but for 1 in 10.
 
-    The median over iterations, not the worst: where a pseudo label lies on its threshold, rounding decides it, and the
-    terms that learn from it move in that one iteration as they would with another start.
+    A label that lies on its threshold falls by rounding, and moves the terms that learn from it by up to 20 % in that
+    one iteration; by given labels, the medians of five other networks and images stayed below 0.7 %.
     """
     arrays = golden("more/train_trace.npz")
-    trainer = golden_trainer(golden, arrays, precision="bf16")
-    made = [trainer.step(batch) for batch in golden_batches(arrays)]
+    trainer, made, differ = golden_trainer(golden, arrays, precision="bf16"), [], []
+    make_pseudo_labels = trainer.method.pseudo_labels
+
+    def pseudo_labels(*args):
+        own = make_pseudo_labels(*args)
+        given = {name: torch.from_numpy(arrays[theirs][len(made)]).long() for theirs, name in PSEUDO.items()}
+        differ.append([float((own[name] != label).float().mean()) for name, label in given.items()])
+        return {**own, **given}
+
+    trainer.method.pseudo_labels = pseudo_labels
+    for batch in golden_batches(arrays):
+        made.append(trainer.step(batch))
     for column, name in enumerate(arrays["term_names"]):
         mine, theirs = np.array([float(terms[TERMS[str(name)]]) for terms in made]), arrays["loss_terms"][:, column]
         assert np.median(np.abs(mine - theirs)) <= 0.02 * np.abs(theirs).max(), name
     assert np.abs(mine - theirs).max() > 1e-5, "it was float32"
+    assert np.max(differ) > 0 and np.mean(differ) <= 0.1
