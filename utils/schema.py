@@ -98,8 +98,8 @@ def keys(schema: type[Section], prefix: str = "") -> dict[str, Key]:
     """Every key, dotted."""
     hints, found = typing.get_type_hints(schema, include_extras=True), {}
     for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found |= keys(field.annotation, f"{prefix}{name}.")
+        if isinstance(field.default, Section):
+            found |= keys(type(field.default), f"{prefix}{name}.")
         else:
             resets = {f"{prefix}{other}": value for other, value in field.json_schema_extra["resets"].items()}
             found[f"{prefix}{name}"] = Key(hints[name], field.default, field.description, resets)
