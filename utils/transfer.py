@@ -23,10 +23,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from utils.errors import UserError
 from utils.files import replacing
+from utils.progress import progress_bar
 
 CHUNK = 1 << 20      # bytes
 PROGRESS = 1 << 20   # so many bytes further than ever before, and the failures are counted anew
@@ -131,8 +130,8 @@ def _receive(
     response: http.client.HTTPResponse, part: Path, start: int, length: int | None, size: int | None
 ) -> None:
     done = start
-    bar = tqdm(total=length, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=part.stem[:40],
-               dynamic_ncols=True)
+    sizes = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    bar = progress_bar(desc=part.stem[:40], total=length, initial=start, **sizes)
     with open(part, "r+b") as file, bar:
         file.seek(start)
         while chunk := _read(response):

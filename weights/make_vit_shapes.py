@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from datasets import shapes
 from datasets.labels import labels_of_mask
 from engine.config import load_config
 from model.multi_scale import resize
 from utils.images import MEAN, STD
+from utils.progress import progress_bar
 
 SEED = 1_000_003            # of the images; the demo's are drawn from data.shapes.seed
 DRAWN, CROP = 112, 80       # pixels: of a drawn image, of what the network sees
@@ -41,7 +41,7 @@ def images_and_labels(count: int) -> tuple[Tensor, Tensor]:
     """uint8 (count, 3, DRAWN, DRAWN) and multi-hot float (count, 6)."""
     images = torch.empty(count, 3, DRAWN, DRAWN, dtype=torch.uint8)
     labels = torch.empty(count, len(shapes.CLASSES))
-    for index in tqdm(range(count), "draw", dynamic_ncols=True):
+    for index in progress_bar(range(count), "draw"):
         image, label_map = shapes.draw(SEED, "train", index, DRAWN)
         images[index] = torch.from_numpy(image).permute(2, 0, 1)
         labels[index] = labels_of_mask(label_map, len(shapes.CLASSES))
@@ -79,7 +79,7 @@ def train(
     crop = v2.RandomResizedCrop(CROP, scale=(0.4, 1.0), antialias=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     warmup = iterations // 10
-    bar = tqdm(range(iterations), "train", dynamic_ncols=True)
+    bar = progress_bar(range(iterations), "train")
     for step in bar:
         share = (step - warmup) / max(iterations - warmup, 1)
         factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))

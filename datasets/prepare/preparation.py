@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from datasets.prepare.sources import Blob, Source
 from utils.errors import UserError
 from utils.files import ROOT, hash_of, replacing
+from utils.progress import progress_bar
 
 VERSION = 1  # of the tools: raise it when the files they make change
 MANIFEST, JOURNAL, UNPACKED = "manifest.json", ".preparing.jsonl", ".*.tar"
@@ -189,7 +189,7 @@ def parallel(function: Callable[[Any], Any], items: Iterable, workers: int, labe
 
     Raises what function raises, and UserError where a process was killed.
     """
-    with tqdm(total=total, desc=label, dynamic_ncols=True, disable=total == 0) as bar:
+    with progress_bar(desc=label, total=total, disable=total == 0) as bar:
         for result in map(function, items) if workers == 1 else _pooled(function, items, workers):
             bar.update()
             yield result

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.io import loadmat
-from tqdm import tqdm
 
 from datasets.labels import annotated_classes, multi_hot
 from datasets.onehot import read_onehot
@@ -24,6 +23,7 @@ from datasets.voc import CLASSES
 from utils.errors import UserError
 from utils.files import hash_of
 from utils.images import label_png, read_label_map
+from utils.progress import progress_bar
 
 # images of the official lists; train_aug: VOC train and SBD without VOC val
 KNOWN = {"train": 1464, "val": 1449, "trainval": 2913, "train_aug": 10582, "test": 1456}
@@ -150,7 +150,7 @@ def _read_mat(mask: Blob) -> np.ndarray:
 def read_labels(names: list[str], annotations: dict[str, Blob]) -> dict[str, list[str]]:
     """The classes of every image, in the order of CLASSES. Raises UserError for a missing or broken annotation."""
     table = {}
-    for name in tqdm(names, "labels", dynamic_ncols=True):
+    for name in progress_bar(names, "labels"):
         source = _of(annotations, name, "annotation Annotations/{}.xml")
         present = multi_hot(annotated_classes(source.open()), CLASSES, source, name)
         table[name] = [CLASSES[i] for i in np.flatnonzero(present)]

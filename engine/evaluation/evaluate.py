@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from datasets import EvalItem, data_name
 from engine.checkpoints import files
@@ -21,6 +20,7 @@ from engine.inference.plan import Plan, Row, evaluation_plan, row_name, validati
 from model.method import Method
 from utils.images import write_label_png
 from utils.metrics import Scores, confusion_matrix
+from utils.progress import progress_bar
 
 
 def validate(method: Method, dataset: Dataset, config: RunConfig, ranks: Ranks) -> dict[str, float]:
@@ -103,7 +103,7 @@ def score(
     # a generator of its own: the loader must not draw from the one that training goes on with
     loader = DataLoader(share, batch_size=None, collate_fn=as_is, num_workers=workers, generator=torch.Generator())
     # closed on the way out, so that a message of an error starts on a line of its own
-    bar = tqdm(desc="evaluate", total=len(share), disable=ranks.rank != 0, dynamic_ncols=True)
+    bar = progress_bar(desc="evaluate", total=len(share), disable=ranks.rank != 0)
     with bar, over_images(method, loader, plan, ranks.device, _both, batch_size) as predictions:
         for item, prediction in predictions:
             counts = {}

@@ -24,6 +24,7 @@ from engine.inference.many import as_is, over_images
 from engine.inference.plan import evaluation_plan, maps_setting
 from utils.errors import UserError
 from utils.files import replacing
+from utils.progress import progress_bar
 
 SETTINGS = "settings.json"
 
@@ -99,7 +100,7 @@ class Predictor:
                 else:
                     yield item
 
-        bar = tqdm(desc=title, total=len(todo), unit="image", disable=ranks.rank != 0, dynamic_ncols=True)
+        bar = progress_bar(desc=title, total=len(todo), unit="image", disable=ranks.rank != 0)
         at_once, batch_size = 1 if len(todo) == 1 else None, self.config.evaluate.images_at_once
         with bar, over_images(self.method, readable(), self.plan, ranks.device, write, batch_size, at_once) as done:
             for _ in done:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from datasets import EvalItem, ImageSet, build_image_set
 from datasets.samples import Sample
@@ -22,6 +21,7 @@ from engine.inference.prediction_folder import Predictor
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import IGNORE, label_png, read_label_map, write_label_png
+from utils.progress import progress_bar
 
 COMPETITIONS = ("comp5", "comp6")
 TEST_IMAGES = 1456   # VOC 2012 segmentation, test
@@ -69,7 +69,7 @@ def write_archive(output: Path, masks: Path, samples: Sequence[Sample], competit
             tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
         ):
             by_name = sorted(samples, key=lambda sample: sample.name)
-            for sample in tqdm(by_name, "pack", unit="image", dynamic_ncols=True):
+            for sample in progress_bar(by_name, "pack", unit="image"):
                 ids = read_mask(masks / f"{sample.name}.png", sample.image)
                 member = f"{folder}/{sample.name}.png"
                 sizes[member] = ids.shape[::-1]

@@ -22,6 +22,7 @@ from model.method import Method
 from utils.batch import Batch
 from utils.errors import UserError
 from utils.log import MetricsWriter, setup_logger
+from utils.progress import progress_bar
 
 
 class Run:
@@ -86,7 +87,7 @@ class Run:
     def progress(self, loader: DataLoader) -> tqdm:
         """The batches with a bar; to be closed, so that a message of an error starts on a line of its own."""
         start, length = self.trainer.iteration, self.trainer.length
-        return tqdm(loader, disable=not self.main, initial=start, total=length, desc="train", dynamic_ncols=True)
+        return progress_bar(loader, "train", disable=not self.main, initial=start, total=length)
 
     def is_due(self, every: int, at_the_end: bool = True) -> bool:
         """Whether what happens every so many iterations happens after this one, and after the last."""

@@ -1,0 +1,12 @@
+"""A log file gets lines, now and then."""
+
+from utils import progress
+
+
+def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    list(progress.progress_bar(range(1000), "work", mininterval=0))
+    (line,) = capsys.readouterr().err.splitlines()   # \r ends a line here, too
+    assert line.startswith("work: 100%") and "1000/1000" in line
+    monkeypatch.setattr(progress, "PAUSE", 0)
+    list(progress.progress_bar(range(3), mininterval=0, miniters=1))
+    assert [f"{n}/3" in line for n, line in enumerate(capsys.readouterr().err.splitlines()[:4])] == [True] * 4
