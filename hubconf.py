@@ -1,7 +1,7 @@
 """Entry points for torch.hub: torch.hub.load(FOLDER_OR_REPOSITORY, "load", weights=...)."""
 
 dependencies = [
-    "cv2", "filelock", "huggingface_hub", "numpy", "omegaconf", "PIL", "pydantic", "safetensors", "tensorboard", "timm",
+    "cv2", "huggingface_hub", "numpy", "omegaconf", "PIL", "pydantic", "safetensors", "tensorboard", "timm",
     "torch", "torchvision", "tqdm", "yaml",
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from datasets.voc import list_folders, read_samples
 from utils.errors import UserError
+from utils.files import naming
 from utils.images import write_label_png
 
 __all__ = ["CLASSES", "draw", "generate", "list_folders", "read_samples"]
@@ -57,7 +58,8 @@ def generate(root: Path, seed: int, train: int, val: int, size: int) -> None:
     with open(root / _MARKER, "w") as marker:
         fcntl.flock(marker, fcntl.LOCK_EX)
         if not _finished(root, settings):
-            _write(root, settings)
+            with naming(root):
+                _write(root, settings)
     (root / _MARKER).unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig, save_config
-from utils.files import ROOT
+from utils.files import ROOT, naming
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pydensecrf2", "safetensors")
 
@@ -30,7 +30,8 @@ def save_provenance(config: RunConfig, folder: str | os.PathLike) -> None:
         **_git_commit(),
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
     }
-    with open(folder / "provenance.jsonl", "a", encoding="utf-8") as file:
+    path = folder / "provenance.jsonl"
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")
 
 

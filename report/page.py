@@ -30,7 +30,6 @@ from report.charts import (
 )
 from report.private import public
 from report.run import Evaluation, Run, default_config, label, number, row_key
-from utils.errors import UserError
 from utils.files import replacing
 from utils.images import voc_palette
 from utils.metrics import Scores
@@ -206,11 +205,8 @@ class Page:
 def write_page(runs: Sequence[Run], path: Path, images: int | None = None) -> int:
     """Writes the page of the runs; its size in bytes. Raises UserError where it cannot be written."""
     content = Page(runs, images).render().encode("utf-8", "replace")
-    try:
-        with replacing(path) as part:
-            part.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path}: the report cannot be written ({error.strerror})") from None
+    with replacing(path) as part:
+        part.write_bytes(content)
     return len(content)
 
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError, did_you_mean
-from utils.files import ROOT, hash_of
+from utils.files import ROOT, alone, hash_of, naming, replacing
 from utils.offline import is_offline
 from utils.transfer import Patience, discard, transfer
 
@@ -90,20 +89,17 @@ def obtain(
     mirror = mirror or os.environ.get("WSSS_MIRROR")
     offline = is_offline() if offline is None else offline
     url = f"{mirror.rstrip('/')}/{entry.file}" if mirror else entry.url
-    try:
+    with naming(path):
         if path.exists():
             check(entry, path)
             return path
         if offline or url is None:
             raise UserError(by_hand(entry, path.parent, "offline mode is on" if offline else "it has no address"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
+        with alone(path):
             if path.exists():
                 check(entry, path)
             else:
                 _download(entry, url, path, patience)
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
     return path
 
 
@@ -252,21 +248,6 @@ def _cannot_be_opened(path: Path, name: str | None = None) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time downloads a file; the others wait, and find it there."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("waiting for another process that downloads %s", path.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _remembered(path: Path, algorithm: str) -> str | None:
     """The hash noted for the file as it is now."""
     try:
@@ -279,12 +260,8 @@ def _remembered(path: Path, algorithm: str) -> str | None:
 def _remember(path: Path, algorithm: str, digest: str) -> None:
     if _remembered(path, algorithm) == digest:
         return
-    fresh = _memory(path).with_name(f"{_memory(path).name}.{os.getpid()}.part")
-    try:
-        fresh.write_text(json.dumps({**_state(path, algorithm), "digest": digest}), encoding="utf-8")
-        os.replace(fresh, _memory(path))
-    except OSError:   # a folder of somebody else: the hash is computed again next time
-        fresh.unlink(missing_ok=True)
+    with contextlib.suppress(UserError), replacing(_memory(path)) as part:   # in a folder of somebody else: next time
+        part.write_text(json.dumps({**_state(path, algorithm), "digest": digest}), encoding="utf-8")
 
 
 def _state(path: Path, algorithm: str) -> dict:

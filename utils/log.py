@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.files import replacing
+from utils.files import naming, replacing
 
 NAME = "wsss"
 
@@ -24,6 +24,14 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
+
+
+class _LogFile(logging.FileHandler):
+    """A line that cannot be written is an error like that of any other file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with naming(self.baseFilename):
+            raise
 
 
 def setup_logger(path: str | os.PathLike | None = None, main: bool = True) -> logging.Logger:
@@ -39,7 +47,7 @@ def setup_logger(path: str | os.PathLike | None = None, main: bool = True) -> lo
     handlers: list[logging.Handler] = [_ConsoleHandler()]
     if path is not None and main:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(_LogFile(path, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -75,18 +83,21 @@ class MetricsWriter:
         values = {prefix + name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"iteration": iteration, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, iteration)
+        with naming(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._board.add_scalar(name, value, iteration)
 
     def image(self, iteration: int, name: str, picture: np.ndarray) -> None:
         """Shows uint8 (H, W, 3) in TensorBoard."""
-        self._board.add_image(name, picture, iteration, dataformats="HWC")
+        with naming(self._board.log_dir):
+            self._board.add_image(name, picture, iteration, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with naming(self.path):
+            self._file.close()
+            self._board.close()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:

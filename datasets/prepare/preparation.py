@@ -31,7 +31,7 @@ import torch
 
 from datasets.prepare.sources import Blob, Source
 from utils.errors import UserError
-from utils.files import ROOT, hash_of, replacing
+from utils.files import FRESH, ROOT, hash_of, naming, replacing
 from utils.progress import progress_bar
 
 VERSION = 1  # of the tools: raise it when the files they make change
@@ -94,7 +94,7 @@ class Preparation:
 
     def __exit__(self, *_: object) -> None:
         if self.finished:
-            for path in (self.root / JOURNAL, *self.root.glob(UNPACKED)):
+            for path in (self.root / JOURNAL, *self.root.glob(UNPACKED), *self.root.rglob(FRESH)):
                 path.unlink(missing_ok=True)
         self.journal.close()
 
@@ -119,7 +119,8 @@ class Preparation:
         files = {record.name: {"size": record.size, "sha256": record.sha256} for record in self.records.values()}
         content = {**self.identity, "paths": [str(path) for path in sources], "counts": counts}
         data = to_json({**content, "files": dict(sorted(files.items()))})
-        _write(self.root / MANIFEST, data)
+        with replacing(self.root / MANIFEST) as part:
+            part.write_bytes(data)
         self.finished = True
 
     def _refuse_others(self, foreign: tuple[str, ...]) -> None:
@@ -166,7 +167,7 @@ class Preparation:
             )
 
     def _note(self, content: dict | Record) -> None:
-        with _naming(self.root / JOURNAL):
+        with naming(self.root / JOURNAL):
             self.journal.write(json.dumps(content) + "\n")
             self.journal.flush()
 
@@ -224,13 +225,12 @@ def build(root: Path, task: Task | Link) -> Record:
     """Makes one file below root. Raises UserError, naming the file, where the disk refuses it."""
     path = root / task.name
     if isinstance(task, Link):
-        with _naming(task.target):
+        with naming(task.target):
             data = task.target.read_bytes()
-        with _naming(path), replacing(path) as part:
-            part.unlink(missing_ok=True)
+        with replacing(path, durable=False) as part:
             part.symlink_to(task.target.resolve())
     else:
-        with _naming(path):
+        with naming(path):
             data = task.make(*task.arguments)
         _write(path, data)
     return Record(task.name, len(data), hashlib.sha256(data).hexdigest())
@@ -333,14 +333,5 @@ def _positive(text: str) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with _naming(path), replacing(path) as part:
+    with replacing(path, durable=False) as part:   # a later call compares the hash
         part.write_bytes(data)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Every OSError becomes a UserError that names a file; a full disk's names none by itself."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror or error}") from None

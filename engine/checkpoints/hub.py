@@ -12,6 +12,7 @@ from engine.checkpoints.files import read_meta, save_weights
 from engine.checkpoints.opening import Opened, find_checkpoint, from_hub, open_checkpoint
 from engine.config import portable
 from model.method import MapKind, MapPlan
+from utils.files import replacing
 
 CARD = """---
 {{ card_data }}
@@ -93,7 +94,8 @@ class HubMethod(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_weights(save_directory / SAFETENSORS_SINGLE_FILE, self.method, self.meta)
-        (save_directory / CONFIG_NAME).write_text(json.dumps(self.meta, indent=1) + "\n", encoding="utf-8")
+        with replacing(save_directory / CONFIG_NAME) as part:
+            part.write_text(json.dumps(self.meta, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, overrides: Sequence[str] = (), **how) -> "HubMethod":

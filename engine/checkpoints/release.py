@@ -21,7 +21,7 @@ from engine.inference.plan import evaluation_plan
 from model.method import MapPlan, Method
 from utils.config import read_yaml, save_yaml
 from utils.errors import UserError
-from utils.files import ROOT, hash_of
+from utils.files import ROOT, fresh_name, hash_of, naming
 
 ROW = "registry_row.yaml"
 # /a/b, ~/a, ../a and C:\a, not a/b, 1/2 or https://host/a
@@ -48,18 +48,20 @@ def release(
     _check_place(out)
     checkpoint = _checkpoint(run, weights, unfinished)
     opened = open_checkpoint(str(checkpoint), config=str(run / "config.yaml"))
-    part = out.resolve().with_name(out.resolve().name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    part = fresh_name(out.resolve())
     try:
-        _write(part, run, checkpoint, name, opened)
-        file = part / f"{name}.safetensors"
-        row = registry_row(name, file, opened, read_meta(file), url, page, licence)
-        (part / ROW).write_text(row, encoding="utf-8")
-        sums = [f"{hash_of(path)}  {path.name}\n" for path in sorted(part.iterdir())]
-        (part / SUMS).write_text("".join(sums), encoding="utf-8")
-        _verify(file, opened)
-        return _publish(part, out)
+        with naming(out):
+            part.mkdir(parents=True)
+            _write(part, run, checkpoint, name, opened)
+            file = part / f"{name}.safetensors"
+            row = registry_row(name, file, opened, read_meta(file), url, page, licence)
+            (part / ROW).write_text(row, encoding="utf-8")
+            sums = [f"{hash_of(path)}  {path.name}\n" for path in sorted(part.iterdir())]
+            (part / SUMS).write_text("".join(sums), encoding="utf-8")
+            _verify(file, opened)
+            return _publish(part, out)
+    except UserError as error:
+        raise UserError(str(error).replace(str(part), str(out))) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -198,8 +200,7 @@ def _publish(part: Path, out: Path) -> bool:
     if out.exists():
         if _intact(out) and (out / SUMS).read_bytes() == (part / SUMS).read_bytes():
             return False
-        old = part.with_name(part.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)   # of a call that was killed
+        old = fresh_name(part)
         os.replace(out, old)
         os.replace(part, out)
         shutil.rmtree(old)

@@ -18,8 +18,7 @@ from engine.distributed import gather
 from engine.inference.batch import Prediction
 from engine.inference.pictures import Panels, prediction_panels
 from engine.inference.plan import Plan, Row, row_name
-from utils.errors import UserError
-from utils.files import replacing
+from utils.files import naming, replacing
 from utils.images import IGNORE
 from utils.metrics import Scores
 
@@ -95,14 +94,13 @@ def new_evaluation(run: Path) -> str:
     Raises UserError where it cannot be made.
     """
     name = time.strftime("%Y%m%d-%H%M%S")
-    for attempt in itertools.count(2):
-        try:
-            (run / EVALUATIONS / name).mkdir(parents=True)
-            return name
-        except FileExistsError:
-            name = f"{name.partition('_')[0]}_{attempt}"
-        except OSError as error:
-            raise UserError(f"{run / EVALUATIONS}: the evaluation cannot be written ({error.strerror})") from None
+    with naming(run / EVALUATIONS):
+        for attempt in itertools.count(2):
+            try:
+                (run / EVALUATIONS / name).mkdir(parents=True)
+                return name
+            except FileExistsError:
+                name = f"{name.partition('_')[0]}_{attempt}"
 
 
 def write_evaluation(
@@ -111,12 +109,9 @@ def write_evaluation(
     """Writes confusion.npz, int64 (K+1, K+1) by the row's name and `classes` with background, and images.json."""
     folder = run / EVALUATIONS / name
     named = {row_name(row): matrix for row, matrix in matrices.items()}
-    try:
-        with replacing(folder / "confusion.npz") as part, open(part, "wb") as file:
-            np.savez_compressed(file, classes=np.array(["background", *classes]), **named)
-        image_scores.write(folder, classes)
-    except OSError as error:
-        raise UserError(f"{folder}: the evaluation cannot be written ({error.strerror})") from None
+    with replacing(folder / "confusion.npz") as part, open(part, "wb") as file:
+        np.savez_compressed(file, classes=np.array(["background", *classes]), **named)
+    image_scores.write(folder, classes)
 
 
 def _shown(item: EvalItem, prediction: Prediction, plan: Plan) -> Shown:

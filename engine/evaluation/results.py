@@ -8,8 +8,7 @@ from pathlib import Path
 
 from engine.config import DEFAULT_METHOD
 from engine.inference.plan import Plan, Row, title_of
-from utils.errors import UserError
-from utils.files import replacing
+from utils.files import alone, replacing
 from utils.metrics import Scores
 
 
@@ -76,18 +75,15 @@ def table(scores: Scores, names: Sequence[str], heading: str) -> str:
 
 
 def append_results(path: Path, rows: list[dict]) -> None:
-    """Appends rows to the list in a results.json, replacing the file as a whole.
+    """Appends rows to the list in a results.json, replacing the file as a whole; other processes wait.
 
     A file that cannot be read as a list is kept under another name. Raises UserError where nothing can be written.
     """
-    try:
+    with alone(path):
         _append(path, rows)
-    except OSError as error:
-        raise UserError(f"{path}: the results cannot be written ({error.strerror})") from None
 
 
 def _append(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     earlier = []
     if path.exists():
         try:

@@ -1,5 +1,6 @@
 """Pictures for people: panels side by side, each with its caption."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,8 +76,10 @@ def training_picture(
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
     """Writes uint8 (H, W, 3) in the format of the name's ending; makes the folder."""
+    file = io.BytesIO()   # PIL itself would take no notice of a file that is cut short by a full disk
+    Image.fromarray(picture).save(file, Image.registered_extensions()[path.suffix.lower()], quality=90)
     with replacing(path) as part:
-        Image.fromarray(picture).save(part, Image.registered_extensions()[path.suffix.lower()], quality=90)
+        part.write_bytes(file.getvalue())
 
 
 def _with_caption(caption: str, panel: np.ndarray) -> np.ndarray:

@@ -533,7 +533,7 @@ def test_the_tool_from_another_folder(tmp_path, sound):
     with pytest.raises(UserError, match="holds no run: none of config.yaml"):
         main([str(tmp_path)])
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="the report cannot be written"):
+    with pytest.raises(UserError, match="file: File exists"):
         main([str(sound), "--output", str(tmp_path / "file" / "report.html")])
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from engine.evaluation.results import append_results
 from tools import infer_seg_coco, infer_voc
 from utils.errors import UserError
 
@@ -40,9 +39,3 @@ def test_no_checkpoint(argv, tool):
 def test_missing_checkpoint_is_named(tmp_path, tool):
     with pytest.raises(UserError, match="nowhere.pth: no such checkpoint"):
         tool.main([str(tmp_path / "nowhere.pth"), "--device", "cpu"])
-
-
-def test_results_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="results.json: the results cannot be written"):
-        append_results(tmp_path / "file" / "results.json", [])

@@ -170,7 +170,7 @@ def test_a_killed_call_goes_on(workers, archives, prepared, tmp_path, monkeypatc
     monkeypatch.setattr(Blob, "read", quickly)
     done = json.loads(journal.read_text().splitlines()[1])[0]
     time_of = (out / done).stat().st_mtime_ns
-    (out / "JPEGImages/2008_000006.jpg.part").write_bytes(b"half a file")
+    (out / "JPEGImages/.0123456789abcdef.part").write_bytes(b"half a file")
     with open(journal, "a") as file:
         file.write('["JPEGImages/20')
     wait_for_workers(journal)

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,13 @@ def test_a_class_in_neither_map_is_null(tmp_path):
     (row,) = json.loads(results.read_text())
     assert row["iou"]["second"] is None and row["iou"]["first"] == 0.0
     assert row["miou"] == pytest.approx(row["iou"]["background"] / 3)
+
+
+def test_rows_of_concurrent_evaluations_are_kept(tmp_path):
+    path = tmp_path / "results.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(append_results, [path] * 40, [[{"miou": index}] for index in range(40)]))
+    assert sorted(row["miou"] for row in json.loads(path.read_text())) == list(range(40))
 
 
 def test_an_unreadable_results_file_is_kept(tmp_path):
