@@ -37,7 +37,7 @@ from datasets.samples import Sample
 from datasets.sets import TrainSet
 from datasets.transforms import build_augmentation, seeded
 from engine.config import RunConfig, load_config
-from engine.distributed import Ranks, barrier, cleanup, setup
+from engine.distributed import Ranks, barrier, cleanup, peak_memory, setup
 from engine.training.sampler import GlobalBatches
 from engine.training.step import Trainer
 from model.losses.ratio import local_ratio
@@ -203,13 +203,7 @@ def work() -> None:
         answer |= {"operators": counter.operators, "host_reads": counter.host_reads, "flops": flops.get_total_flops()}
         counted = True
         print(json.dumps(answer), flush=True)
-    print(json.dumps({"peak": (torch.cuda.max_memory_allocated() if cuda else _peak_of_process()) / 1e9}), flush=True)
-
-
-def _peak_of_process() -> int:
-    """Bytes; not ru_maxrss, which a process inherits from the one that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    print(json.dumps({"peak": peak_memory(torch.device(options.device))}), flush=True)
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:

@@ -1,9 +1,11 @@
 """Processes of one run: who this one is, and sums over all of them."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +62,15 @@ def use_tf32(on: bool) -> None:
     Convolutions are in TF32 either way: torch's default, which the released results were made with.
     """
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = on, True
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory so far in GB, 1e9 bytes: of tensors on a GPU, else of this process; NaN where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    # not ru_maxrss, which a process inherits from the one that started it
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next((1024 * int(line.split()[1]) / 1e9 for line in lines if line.startswith("VmHWM")), math.nan)
 
 
 def cleanup() -> None:

@@ -166,7 +166,8 @@ class Page:
         ] if curves else []
         pace = []
         for name, shown, note in (("lr", "learning rate", "of the backbone"),
-                                  ("seconds_per_iteration", "seconds per iteration", "validation not counted")):
+                                  ("seconds_per_iteration", "seconds per iteration", "validation not counted"),
+                                  ("memory_gb", "memory, GB", "the most so far, of the first process")):
             if series := run.metrics.get(f"train/{name}"):
                 curve = Curve(shown, series.x, series.y, "pace", name != "lr", [stage.after for stage in stages])
                 pace.append(self.chart(f"{key}-{name}", shown, shown, note, [curve], run.length))

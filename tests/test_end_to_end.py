@@ -43,7 +43,9 @@ def test_a_run_leaves_what_it_should(run):
     assert len(losses) == tiny.ITERATIONS
     assert all(math.isfinite(value) for line in losses for value in line.values())
     log = (run / "train.log").read_text()
-    assert "eta" in log and "validation at 6" in log and "8 training images" in log
+    last = [line for line in read_metrics(run / "metrics.jsonl") if "train/total" in line][-1]
+    assert last["train/memory_gb"] > 0.1 and f"  {last['train/memory_gb']:.2f} GB  eta 0:00:00" in log
+    assert "validation at 6" in log and "8 training images" in log
 
 
 def evaluate(run, count, *overrides):

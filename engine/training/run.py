@@ -14,7 +14,7 @@ from tqdm import tqdm
 from engine.checkpoints import files
 from engine.checkpoints.start_weights import load_start_weights
 from engine.config import RunConfig, portable
-from engine.distributed import Ranks, all_reduce_sum, barrier
+from engine.distributed import Ranks, all_reduce_sum, barrier, peak_memory
 from engine.inference.pictures import training_picture
 from engine.provenance import save_provenance
 from engine.training.step import Trainer
@@ -108,10 +108,11 @@ class Run:
             )
         if self.main:
             bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
-            seconds = self.period.seconds
+            seconds, memory = self.period.seconds, peak_memory(self.ranks.device)
             rate = {"lr": self.trainer.optimizer.param_groups[0]["lr"], "seconds_per_iteration": seconds}
+            rate["memory_gb"] = memory
             self.writer.scalars(done - 1, {**means, **rate}, prefix="train/")
-            self.logger.info(_line(done, length, means, seconds))
+            self.logger.info(_line(done, length, means, seconds, memory))
         self.period = _Period()
 
     def draw(self, batch: Batch) -> None:
@@ -174,8 +175,8 @@ class _Period:
         return dict(zip(self.sums, (total / (self.steps * ranks.world)).tolist(), strict=True))
 
 
-def _line(done: int, iterations: int, means: dict[str, float], seconds: float) -> str:
+def _line(done: int, iterations: int, means: dict[str, float], seconds: float, memory: float) -> str:
     left = int(seconds * (iterations - done))
     eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-    return f"{done}/{iterations}  {terms}  {seconds:.3f} s/it  eta {eta}"
+    return f"{done}/{iterations}  {terms}  {seconds:.3f} s/it  {memory:.2f} GB  eta {eta}"

@@ -103,7 +103,7 @@ def metrics(length: int, step: int = 20) -> list[dict]:
     rng = np.random.default_rng(0)
     lines = [
         {"iteration": i - 1, "time": float(i), "train/cls": 1 / i + 0.01 * rng.random(), "train/seg": rng.random(),
-         "train/total": 2 / i, "train/lr": 1e-5, "train/seconds_per_iteration": 0.2}
+         "train/total": 2 / i, "train/lr": 1e-5, "train/seconds_per_iteration": 0.2, "train/memory_gb": 1.5}
         for i in range(step, length + 1, step)
     ]
     validation = {"iteration": length - 1, "time": 1.0, "val/cam": 0.5, "val/lam": 0.25, "val/seg": 0.375}
@@ -205,8 +205,9 @@ def test_pictures_are_those_that_the_evaluation_kept(made, page):
 
 
 def test_curves_are_those_of_the_metrics(made, page):
+    assert "loss term memory_gb" not in page.source
     lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
-    for term in ("cls", "seg", "total", "lr", "seconds_per_iteration"):
+    for term in ("cls", "seg", "total", "lr", "seconds_per_iteration", "memory_gb"):
         (line,) = page.data["charts"][f"r0-{term}"]["lines"]
         own = [entry for entry in lines if f"train/{term}" in entry]
         assert line["x"] == [entry["iteration"] for entry in own]
