@@ -3,7 +3,7 @@
     python tools/infer_voc.py CHECKPOINT [--config NAME] [--crf] [--multi-scale] [key=value ...]
     bash run_evaluate_voc.sh 0,1 2 CHECKPOINT [config=NAME] [key=value ...]        # on several processes
 
-The config is the one named, else the config.yaml of the checkpoint's run, else that in the weights file, else more_voc;
+The config is the one named, else that in the weights file, else the config.yaml of the checkpoint's run, else more_voc;
 key=value goes on top. The rows are appended to results.json in the folder of the run.
 """
 

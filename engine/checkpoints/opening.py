@@ -14,9 +14,10 @@ from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 
 from datasets import class_names
 from engine.checkpoints.files import check_classes, load_weights, read_meta, recognise, run_folder
-from engine.config import RunConfig, load_config, load_settings
+from engine.config import RunConfig, load_config, load_settings, portable
 from model import build_method
 from model.method import Method
+from utils.config import flatten, unflatten
 from utils.download import fetch, registry
 from utils.errors import UserError
 from utils.offline import is_offline
@@ -76,15 +77,15 @@ def checkpoint_config(
 ) -> tuple[RunConfig, str]:
     """The config a weights file is used with, and where it is from.
 
-    It is the one named by `config`, else the config.yaml of the file's run, else the settings in its own header, else
+    It is the one named by `config`, else the settings in the file's own header, else the config.yaml of its run, else
     what the released file is, else `default`. overrides: key=value pairs on top.
     """
-    own = run_folder(file) / "config.yaml"
-    if config is None and own.is_file():
-        config = str(own)
-    settings = read_meta(file).get("settings")
-    if config is None and settings is not None:
-        return load_settings(settings, file, overrides), file
+    beside = run_folder(file) / "config.yaml"
+    settings = read_meta(file).get("settings") if config is None else None
+    if settings is not None:
+        return load_settings(_with_paths(settings, file, beside), file, overrides), file
+    if config is None and beside.is_file():
+        config = str(beside)
     released = None if config else recognise(file)
     name = config or (released[1].config if released else default or DEFAULT)
     return load_config(name, overrides), name
@@ -107,6 +108,18 @@ def from_hub(name: str, **how) -> str:
     except Exception as error:   # its own, those of its HTTP client and of the file system
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{name}: no such checkpoint here, and the Hub does not give it: {reason}") from None
+
+
+def _with_paths(settings: dict, file: str, beside: Path) -> dict:
+    """The settings of a header with the paths, cut by `portable`, of the config.yaml beside it, if it is that run's."""
+    try:
+        header, run = load_settings(settings, file), load_config(beside)
+    except UserError:   # no such file, or anything else; the header's mistakes are named later
+        return settings
+    if (run.method, run.tag) != (header.method, header.tag):
+        return settings
+    own, whole, cut = flatten(portable(header)), flatten(run.model_dump(mode="json")), flatten(portable(run))
+    return unflatten({key: whole[key] if key in whole and cut[key] == own[key] else own[key] for key in own})
 
 
 def _in_folder(folder: Path) -> str:

@@ -47,21 +47,29 @@ def test_one_file_opens_anywhere(tmp_path):
 
 
 def test_which_config_is_taken(tmp_path):
-    """config=..., else the run's config.yaml, else the header, else the default."""
+    """config=..., else the header, with the paths of its run's config.yaml, else that config.yaml, else the default."""
     run, lone = tmp_path / "run", tmp_path / "w.safetensors"
     weights = run / "checkpoints" / "w.safetensors"
     for path in (weights, lone):
-        save(path, NAMES, "seed=1")
-    save_config(load_config("more_voc", ["seed=2"]), run / "config.yaml")
+        save(path, NAMES, "seed=1", "tag=mine", "data.root=/data", "model.weights=/w/vit.pth", "output=/runs")
+    here = ["data.root=/here", "model.weights=/v/vit.pth", "output=/else", "evaluate.bkg=0.1"]
+    save_config(load_config("more_voc", ["seed=2", "tag=mine", *here]), run / "config.yaml")
     named = tmp_path / "named.yaml"
     named.write_text("seed: 3\n")
     assert checkpoint_config(str(weights), config=str(named))[0].seed == 3
     config, name = checkpoint_config(str(weights))
-    assert (config.seed, name) == (2, str(run / "config.yaml"))
+    assert (config.seed, config.evaluate.bkg, name) == (1, 0.5, str(weights))
+    assert (config.data.root, config.model.weights, config.output) == ("/here", "/v/vit.pth", "runs")
+    for stray in ("tag: other\ndata: {root: /else}\n", "learning_rate: 1\n"):
+        (tmp_path / "config.yaml").write_text(stray)
+        assert checkpoint_config(str(lone))[0].data.root is None
+    (tmp_path / "config.yaml").unlink()
     assert checkpoint_config(str(lone))[0].seed == 1
     assert checkpoint_config(str(lone), ["seed=4"])[0].seed == 4
     method, _ = make()
     save_weights(tmp_path / "old.safetensors", method, {"classes": NAMES, "config": "tag"})
+    (run / "old.safetensors").write_bytes((tmp_path / "old.safetensors").read_bytes())
+    assert checkpoint_config(str(run / "old.safetensors"))[1] == str(run / "config.yaml")
     assert checkpoint_config(str(tmp_path / "old.safetensors"))[1] == "more_voc"
     assert checkpoint_config(str(tmp_path / "old.safetensors"), default="more_coco")[1] == "more_coco"
     assert open_checkpoint(str(tmp_path / "old.safetensors"), SMALL).classes == ("nut", "bolt")
