@@ -1,15 +1,16 @@
 """Weights (safetensors, what one shares) and state (what an interrupted run needs to go on exactly)."""
 
+import functools
 import json
 import math
 import os
-import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +23,24 @@ from utils.files import replacing
 STATE = "iter_{:06d}.state.pt"
 WEIGHTS = "iter_{:06d}.weights.safetensors"
 BEST = "best.weights.safetensors"
+# what is given in the place of weights, by how the file begins or by what torch says of it, and what is to be done
+OTHERS = {
+    rb"\Z": "an empty file: copy or download it again",
+    rb"version https://git-lfs": "a Git LFS pointer, not the file itself: run 'git lfs pull' where it is from",
+    rb"\s*<": "a web page, not the file itself: download it again",
+    rb"\s*[{\[]": "JSON, no weights",
+    rb"\x80[\x03-\x05]": "a pickle of Python objects, which could run code: save the state_dict() of a model alone",
+    rb"\x93NUMPY": "a NumPy array, no weights",
+    rb"\x1f\x8b|.{257}ustar": "an archive: unpack it, and give the weights file in it",
+    rb".{4}\0{4}{": "a safetensors file that is cut short or damaged: copy or download it again",
+    rb"[^\x00-\x08]+\Z": "a text, no weights; of a run they are in checkpoints/, and --config takes a config",
+}
+REFUSED = {
+    "TorchScript": "a TorchScript file: save the state_dict() of what torch.jit.load gives",
+    "Unsupported (global|class)": "other Python objects than tensors, which could run code: save state_dict() alone",
+    "central directory": "a torch file or zip archive that is cut short: copy or download it again",
+    "PytorchStreamReader|archive": "a zip archive, or arrays of NumPy: unpack it, and give the weights file in it",
+}
 
 
 def save_weights(path: str | os.PathLike, method: nn.Module, meta: dict) -> None:
@@ -39,17 +58,20 @@ def read_meta(path: str | os.PathLike) -> dict:
     """The `meta` of a weights file of ours, {} for other files. Raises UserError where there is no file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
-    if Path(path).suffix != ".safetensors":
+    if not _is_safetensors(path):
         return {}
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("meta", "{}"))
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    with _naming_what_it_is(path), safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("meta", "{}"))
 
 
 def recognise(path: str | os.PathLike) -> tuple[str, Released] | None:
     """Which method released a weights file, and what it is; None for a file of ours and of nobody we know."""
+    return _recognise(path, os.stat(path).st_mtime_ns) if Path(path).is_file() else None
+
+
+@functools.lru_cache(maxsize=1)
+def _recognise(path: str | os.PathLike, _time: int) -> tuple[str, Released] | None:
+    """Kept, as a large file is asked for several times."""
     weights = read_tensors(path)
     weights = weights.get("model_state_dict", weights)
     shapes = {key: tuple(value.shape) for key, value in weights.items() if isinstance(value, Tensor)}
@@ -93,7 +115,9 @@ def load_weights(path: str | os.PathLike, method: nn.Module) -> None:
         else:
             weights = method.from_official(weights)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        known = set(weights) & set(own) or recognise(path)
+        hint = "" if known else "; no checkpoint of this method: start weights of a backbone go to model.weights"
+        raise UserError(f"{path}: {error}{hint}") from None
     method.load_state_dict(weights)
 
 
@@ -101,19 +125,34 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file; no code of the file is run. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such weights file")
-    if str(path).endswith(".state.pt"):
-        weights = Path(path).name.replace(".state.pt", ".weights.safetensors")
-        raise UserError(f"{path}: the state of an interrupted run; its weights are in {weights}")
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a readable weights file ({reason})") from None
+    with _naming_what_it_is(path), open(path, "rb") as file:   # by its name torch would take it for another format
+        weights = load_file(path) if _is_safetensors(path) else torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(weights, dict):
         raise UserError(f"{path}: holds a {type(weights).__name__}, no weights by name")
+    if {"iteration", "optimizer"} <= weights.keys() <= {"iteration", "optimizer", "kind"}:
+        own = WEIGHTS.format(weights["iteration"])
+        raise UserError(f"{path}: the state of an interrupted run; its weights are in {own}")
     return weights
+
+
+def _is_safetensors(path: str | os.PathLike) -> bool:
+    """By its content: copies and files of the Hub's cache have all kinds of names."""
+    with open(path, "rb") as file:
+        return file.read(9)[4:] == b"\0\0\0\0{"   # behind the length of its header
+
+
+@contextmanager
+def _naming_what_it_is(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever is raised in reading a file that holds no weights becomes a UserError that says what the file is."""
+    try:
+        yield
+    except Exception as error:   # libraries raise many kinds, of which their documentation says nothing
+        with open(path, "rb") as file:
+            head = file.read(512)
+        found = [what for begin, what in OTHERS.items() if re.match(begin, head, re.DOTALL)]
+        found += [what for words, what in REFUSED.items() if re.search(words, str(error))]
+        found += [f"not a readable weights file ({str(error).partition('. ')[0][:80] or type(error).__name__})"]
+        raise UserError(f"{path}: {found[0]}") from None
 
 
 def best_score(folder: Path, kind: str) -> float:

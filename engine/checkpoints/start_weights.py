@@ -5,7 +5,7 @@ from pathlib import Path
 import timm
 from torch import Tensor
 
-from engine.checkpoints.files import read_tensors
+from engine.checkpoints.files import read_meta, read_tensors, recognise
 from engine.distributed import main_first
 from model.method import TIMM, Method, ModelSection
 from utils.download import fetch, find, registry
@@ -23,6 +23,10 @@ def load_start_weights(method: Method, model: ModelSection) -> None:
         try:
             method.load_start_weights(weights)
         except UserError as error:
+            file = None if model.weights == TIMM else _file(model.weights)
+            if file and (read_meta(file) or recognise(file)):
+                what = "a trained method, no start weights of a backbone; resume=auto goes on with its run"
+                raise UserError(f"model.weights={file}: {what}") from None
             raise UserError(
                 f"model.weights={model.weights} do not fit model.backbone={model.backbone}: {error}; give others, or "
                 f"model.weights={TIMM} or {RANDOM}"
@@ -51,6 +55,8 @@ def start_weights(spec: str | None, model: ModelSection) -> dict[str, Tensor] | 
 
 def _file(spec: str) -> Path:
     path = _found(spec)
+    if path.is_dir():
+        raise UserError("a folder; give the weights file itself")
     if path.is_file():
         return path
     by_file = {entry.file: entry.name for entry in registry().values()}

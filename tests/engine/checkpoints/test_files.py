@@ -1,19 +1,24 @@
 """Weights files: what is written is read back; whatever is wrong is named; nothing half-written bears a final name."""
 
+import io
+
+import numpy
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from engine.checkpoints import files as checkpoint
+from engine.checkpoints.opening import open_checkpoint
 from engine.config import load_config
 from model import build_method
 from utils.errors import UserError
 
 SIZE = "model.backbone_args={embed_dim: 32, depth: 3, num_heads: 2, img_size: 32, patch_size: 8}"
+SMALL = ["model.backbone=vit_tiny_patch16_224", SIZE]
 
 
 def make(classes=5):
-    return build_method(load_config(None, ["model.backbone=vit_tiny_patch16_224", SIZE]), classes)
+    return build_method(load_config(None, SMALL), classes)
 
 
 def test_round_trip(tmp_path):
@@ -43,14 +48,42 @@ def test_faults_are_named(tmp_path):
             checkpoint.load_weights(tmp_path / "broken.safetensors", method)
 
 
+def of(save, *things):
+    """The bytes of a file that save(thing, file) writes."""
+    file = io.BytesIO()
+    save(*things, file)
+    return file.getvalue()
+
+
+STATE = {"iteration": 6, "optimizer": {}, "kind": "AdamW"}
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "an empty file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "Git LFS pointer.*git lfs pull"),
+    (b"\n<!DOCTYPE html><html>", "a web page.*download it again"),
+    (b'{"a": 1}', "JSON, no weights"),
+    ("method: mäßig\n".encode(), "a text, no weights; .*--config"),
+    (bytes(200), "not a readable weights file"),
+    (b"\x1f\x8b\x08", "an archive: unpack it"),
+    (of(lambda file: numpy.save(file, numpy.zeros(3))), "a NumPy array"),
+    (of(lambda file: numpy.savez(file, a=numpy.zeros(3))), "a zip archive, or arrays of NumPy"),
+    (of(torch.save, torch.nn.Linear(2, 2)), r"other Python objects than tensors.* save state_dict\(\) alone"),
+    (of(torch.save, [1]), "holds a list, no weights by name"),
+    (of(torch.save, STATE), r"state of an interrupted run; its weights are in iter_000006\.weights\.safetensors"),
+    (of(torch.save, STATE)[:300], "a torch file or zip archive that is cut short"),
+    (of(torch.jit.save, torch.jit.trace(torch.nn.ReLU(), torch.zeros(1))), r"a TorchScript file: save the state_dict"),
+    (save({"a": torch.zeros(9)})[:-1], "a safetensors file that is cut short or damaged"),
+    (save({"head.weight": torch.zeros(9)}), "no checkpoint of this method: start weights .* go to model.weights"),
+])  # fmt: skip
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
-def test_unreadable_files(tmp_path, name):
+def test_a_file_of_something_else_is_named(tmp_path, name, content, words):
     with pytest.raises(UserError, match="no such"):
         checkpoint.load_weights(tmp_path / name, make())
-    for content in (b"", b"no weights at all", bytes(200)):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=name):
-            checkpoint.load_weights(tmp_path / name, make())
+    (tmp_path / name).write_bytes(content)
+    for load in (lambda path: open_checkpoint(str(path), SMALL), lambda path: checkpoint.load_weights(path, make())):
+        with pytest.raises(UserError, match=f"{name}: .*{words}"):
+            load(tmp_path / name)
 
 
 def test_a_pickle_runs_no_code(tmp_path):
@@ -58,28 +91,10 @@ def test_a_pickle_runs_no_code(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    (tmp_path / "iter_000002.state.pt").touch()
-    with pytest.raises(UserError, match=r"its weights are in iter_000002\.weights\.safetensors"):
-        checkpoint.load_weights(tmp_path / "iter_000002.state.pt", make())
     torch.save({"x": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=r"evil\.pth"):
         checkpoint.load_weights(tmp_path / "evil.pth", make())
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    method, path = make(), tmp_path / "w.safetensors"
-    checkpoint.save_weights(path, method, {"iteration": 1})
-
-    def full(tensors, part, metadata):
-        part.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.save_weights(path, method, {"iteration": 2})
-    assert checkpoint.read_meta(path) == {"iteration": 1}
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_the_newest_state_is_taken(tmp_path):

@@ -10,10 +10,11 @@ import pytest
 import timm
 import torch
 
-from engine.checkpoints.start_weights import start_weights
+from engine.checkpoints.start_weights import load_start_weights, start_weights
 from engine.config import load_config
 from engine.distributed import Ranks
 from engine.training.train import train
+from model import build_method
 from model.method import ModelSection
 from tests import tiny
 from tests.faulty_server import Answer, FaultyServer
@@ -141,6 +142,13 @@ def test_weights_that_do_not_fit_the_backbone(server, tiny_voc, tmp_path):
         run(tiny_voc, tmp_path / "runs", "model.weights=tiny_imagenet", other)
     for word in ("model.weights=tiny_imagenet", "do not fit model.backbone=vit_tiny_patch16_224", "shape"):
         assert word in str(caught.value)
+
+
+def test_a_trained_method_is_no_start(tmp_path):
+    weights = tiny.save_checkpoint(tmp_path / "w.safetensors")
+    config = load_config("more_voc", [*tiny.SETTINGS, f"model.weights={weights}"])
+    with pytest.raises(UserError, match=rf"^model\.weights={weights}: a trained method.*resume=auto"):
+        load_start_weights(build_method(config, 20), config.model)
 
 
 def test_the_default_is_of_the_registry():
