@@ -81,11 +81,12 @@ def error_line(error: UserError) -> str:
 
 def _report(line: str) -> None:
     path = os.environ.get(ERROR_FILE)
-    if path is None:
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        return
-    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
-        file.write(line)
+    if path is not None:
+        with contextlib.suppress(OSError):   # its disk may be full, too
+            with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+                file.write(line)
+            return
+    print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> None:
@@ -187,7 +188,7 @@ def launch(script: Path, count: int, port: int, arguments: Sequence[str]) -> int
         try:
             torchrun.run(torchrun.parse_args(options))
         except ChildFailedError as error:
-            if mistake.exists():
+            if mistake.exists() and mistake.stat().st_size:
                 if count > 1:  # the process with the progress bar was stopped, perhaps in the middle of its line
                     print(file=sys.stderr)
                 raise UserError(mistake.read_text(encoding="utf-8")) from None

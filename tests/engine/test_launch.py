@@ -249,6 +249,13 @@ def test_a_script_without_the_launcher_prints_its_mistake(monkeypatch, capsys):
     assert caught.value.code == 130
 
 
+def test_a_mistake_that_cannot_be_passed_on_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(launch.ERROR_FILE, str(tmp_path / "gone" / "error"))
+    with pytest.raises(SystemExit):
+        launch.run_script(_raise(UserError("bad file")))
+    assert capsys.readouterr().err == "error: bad file\n"
+
+
 def test_the_first_mistake_wins(monkeypatch, tmp_path):
     monkeypatch.setenv(launch.ERROR_FILE, str(tmp_path / "error"))
     with pytest.raises(ZeroDivisionError):
