@@ -7,13 +7,16 @@ any other name is refused, so the file can choose values but never code. The arr
 import io
 import math
 import pickle
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import UserError
 
-_KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+_KINDS = re.compile(r"f[248]|[iu][1248]|b1|[US]\d{1,4}")   # numbers, truth values, names
+_VOC_NUMBER = re.compile(r"20\d{8}")   # 2007000032 of 2007_000032, as irn's lists have it
 
 
 class _Dtype:
@@ -28,7 +31,7 @@ class _Dtype:
         self.order = state[1]
 
     def numpy(self) -> np.dtype:
-        if self.kind not in _KINDS or self.order not in ("<", ">", "|", "="):
+        if not _KINDS.fullmatch(self.kind) or self.order not in ("<", ">", "|", "="):
             raise ValueError(f"arrays of type {self.kind!r} are not read")
         return np.dtype(self.order + self.kind)
 
@@ -43,6 +46,8 @@ class _Array:
 
     def numpy(self) -> np.ndarray:
         """The array, at most one-dimensional (where the memory order makes no difference)."""
+        if isinstance(self.data, list) and len(self.shape) <= 1:   # of objects
+            return _vector(self.data if self.shape else self.data[0])
         if not isinstance(self.dtype, _Dtype) or not isinstance(self.data, bytes) or len(self.shape) > 1:
             raise ValueError("a label is not a plain vector of numbers")
         dtype = self.dtype.numpy()
@@ -68,6 +73,9 @@ class _Reader(pickle.Unpickler):
             array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
             return array
 
+        def scalar(dtype: _Dtype, data: bytes) -> object:
+            return np.frombuffer(data, dtype.numpy())[0].item()
+
         def encode(text: str, encoding: str) -> bytes:
             if encoding != "latin1":
                 raise pickle.UnpicklingError(f"text encoded as {encoding!r} is not read")
@@ -76,6 +84,8 @@ class _Reader(pickle.Unpickler):
         self.names = {
             ("numpy.core.multiarray", "_reconstruct"): reconstruct,
             ("numpy._core.multiarray", "_reconstruct"): reconstruct,
+            ("numpy.core.multiarray", "scalar"): scalar,
+            ("numpy._core.multiarray", "scalar"): scalar,
             ("numpy.core.numeric", "_frombuffer"): frombuffer,
             ("numpy._core.numeric", "_frombuffer"): frombuffer,
             ("numpy", "ndarray"): ArrayType,
@@ -92,7 +102,8 @@ class _Reader(pickle.Unpickler):
 def read_onehot(path: Path) -> dict[str, np.ndarray]:
     """The dictionary name -> float32 (K,) of a cls_labels_onehot.npy, without executing any of the pickle's code.
 
-    Raises UserError when the file is missing, broken, holds something else or asks for any other function.
+    A number such as 2007000032 names the image 2007_000032. Raises UserError when the file is missing, broken, holds
+    something else, two keys of one image among it, or asks for any other function.
     """
     try:
         content = _read_pickle(path.read_bytes())
@@ -100,9 +111,12 @@ def read_onehot(path: Path) -> dict[str, np.ndarray]:
             if content.shape != () or not isinstance(content.data, list) or len(content.data) != 1:
                 raise ValueError("not a dictionary")
             content = content.data[0]
-        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        if not isinstance(content, dict):
             raise ValueError("not a dictionary of image names")
-        return {name: _vector(value) for name, value in content.items()}
+        names = [_name(key) for key in content]
+        if len({*names}) < len(names):
+            raise ValueError(f"two keys are of the image {Counter(names).most_common(1)[0][0]}")
+        return dict(zip(names, map(_vector, content.values()), strict=True))
     except FileNotFoundError:
         raise UserError(f"{path}: file of image labels is missing") from None
     except Exception as error:  # a hostile pickle can raise anything; whatever it is, the file is not a label file
@@ -110,8 +124,20 @@ def read_onehot(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not a dictionary of image labels ({' '.join(reason.split())})") from None
 
 
+def _name(key: object) -> str:
+    if isinstance(key, int) and _VOC_NUMBER.fullmatch(str(key)):
+        return f"{key // 10**6}_{key % 10**6:06d}"
+    if not isinstance(key, str | bytes):
+        raise ValueError(f"{key!r} is no image name")
+    return key if isinstance(key, str) else key.decode()
+
+
 def _vector(value: object) -> np.ndarray:
-    return value.numpy() if isinstance(value, _Array) else np.asarray([float(v) for v in value], np.float32)
+    if isinstance(value, _Array):
+        return value.numpy()
+    if not isinstance(value, list | tuple):
+        raise ValueError("a label is not a plain vector of numbers")
+    return np.asarray([float(v) for v in value], np.float32)
 
 
 def _read_pickle(data: bytes) -> object:

@@ -80,6 +80,18 @@ def test_onehot_with_old_module_names(tmp_path):
     assert read_onehot(tmp_path / "x.npy")["a"].tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize("module", ["numpy.core", "numpy._core"])
+def test_onehot_of_other_types(tmp_path, module):
+    vector, within = np.float32([1, 0, 0]), np.empty((), object)
+    within[()] = vector
+    table = {np.str_("s"): list(vector), b"b": [1, False, 0.0], np.bytes_(b"n"): vector.astype(object),
+             np.int32(2007000032): within, 2008000001: vector}
+    (tmp_path / "x.npy").write_bytes(pickle.dumps(table, 2).replace(b"numpy._core", module.encode()))
+    read = read_onehot(tmp_path / "x.npy")
+    assert list(read) == ["s", "b", "n", "2007_000032", "2008_000001"]
+    assert all(labels.dtype == np.float32 and labels.tolist() == [1, 0, 0] for labels in read.values())
+
+
 def test_default_prefers_the_onehot_file(tmp_path):
     write_onehot(tmp_path / "cls_labels_onehot.npy", {"a": np.eye(3)[0], "b": np.eye(3)[1]})
     (tmp_path / "labels.json").write_text(json.dumps({"a": [], "b": []}))
@@ -128,7 +140,7 @@ def test_hostile_pickles_give_one_line(tmp_path):
         b"", b"\x93NUMPY", good[:-30], b"cos\nsystem\n(S'true'\ntR.", b"c_codecs\nencode\n(Vx\nVhex\ntR.",
         b"cnumpy\ndtype\n(VO8\ntR.", b"cnumpy\nndarray\n}VX\nVY\nsb.", pickle.dumps([1]), pickle.dumps({"a": 1}),
         pickle.dumps({"a": np.ones((2, 2))}), pickle.dumps({"a": np.array(["x"])}), pickle.dumps({1: np.ones(3)}),
-        b"]" * 100 + b".", b"\x80\x04P1\n.",
+        b"]" * 100 + b".", b"\x80\x04P1\n.", pickle.dumps({"a": "100"}), pickle.dumps({"a": [1], b"a": [1]}),
     ]  # fmt: skip
     for content in hostile:
         path.write_bytes(content)
@@ -169,7 +181,7 @@ def test_unknown_class_offers_the_nearest(tmp_path):
         load(None, tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": "dog"}', '{"a": [1]}', "{"])
+@pytest.mark.parametrize("content", ["", "[]", '{"a": "dog"}', '{"a": [1]}', "{", "[" * 10**5, '{"a":[],"b":[],"a":[]}'])
 def test_broken_json(tmp_path, content):
     (tmp_path / "labels.json").write_text(content)
     with pytest.raises(UserError, match=r"labels\.json"):
@@ -179,6 +191,9 @@ def test_broken_json(tmp_path, content):
 def test_broken_xml_and_sources(tmp_path):
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "Annotations" / "a.xml").write_text("<annotation>")
+    with pytest.raises(UserError, match=r"a\.xml.*cannot be read"):
+        load(None, tmp_path)
+    (tmp_path / "Annotations" / "a.xml").write_text('<?xml version="1.0" encoding="gb2312"?><annotation/>')
     with pytest.raises(UserError, match=r"a\.xml.*cannot be read"):
         load(None, tmp_path)
     with pytest.raises(UserError, match=r"gone\.json.*data\.image_labels"):
