@@ -1,5 +1,6 @@
 """Images a user names one by one: files, folders, patterns, lists; of any size, without labels or masks."""
 
+import functools
 import glob
 import os
 from collections import Counter, defaultdict
@@ -74,26 +75,67 @@ class ImageFiles(Dataset):
 def find_images(inputs: Iterable[str], leave_out: Path) -> list[tuple[Path, Path]]:
     """(folder, image) of every image that the inputs mean, each image once, all paths absolute.
 
-    inputs: files; folders, searched with all below them; patterns such as 'a/**/*.jpg'. folder: the input folder an
+    inputs: files; folders, searched as `files_below` does; patterns such as 'a/**/*.jpg'. folder: the input folder an
     image was found in, else its own. leave_out: a folder where nothing is looked for. A file that is not there is
     listed all the same. Raises UserError for a folder or pattern without an image.
     """
-    found: dict[Path, Path] = {}
-    hidden = Path(os.path.abspath(leave_out))
+    real, found = functools.cache(os.path.realpath), {}
+
+    def place_of(image: Path) -> Path:
+        return Path(real(image.parent), image.name)
+
+    hidden = Path(real(leave_out))
     for text in inputs:
         path = Path(os.path.abspath(Path(text).expanduser()))
         if path.is_dir():
-            images = [(path, image) for image in sorted(path.rglob("*")) if _is_image(image, hidden)]
+            images = [(path, image) for image in files_below(path, SUFFIXES) if hidden not in place_of(image).parents]
         elif path.exists() or not glob.has_magic(text):
             images = [(path.parent, path)]
         else:
-            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-            images = [(image.parent, image) for image in matches if _is_image(image, hidden)]
+            images = [(image.parent, image) for image in _matches(path) if hidden not in place_of(image).parents]
         if not images:
             raise UserError(f"{text}: no image there (looked for {' '.join(SUFFIXES)})")
         for folder, image in images:
-            found.setdefault(image, folder)
-    return [(folder, image) for image, folder in found.items()]
+            found.setdefault(place_of(image), (folder, image))
+    return list(found.values())
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """The images that a pattern means; glob itself would go round in links below **."""
+    start, deep, rest = f"{pattern}/".partition("/**/")
+    if deep:
+        folders = map(Path, glob.glob(f"{start}/"))
+        below = ((folder, image) for folder in folders for image in files_below(folder, SUFFIXES))
+        return sorted(image for folder, image in below if image.relative_to(folder).match(rest or "*"))
+    matches = sorted(map(Path, glob.glob(str(pattern))))
+    return [image for image in matches if image.suffix.lower() in SUFFIXES and not image.is_dir()]
+
+
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of these endings in a folder and all below it, also behind links; a folder reached twice counts once.
+
+    Names that begin with a dot are left out. A link to a folder above is not followed, one to nothing is listed where
+    it has such an ending. Raises UserError for any other link to nothing, and for a folder that cannot be read.
+    """
+    waiting, found = [folder], []
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))
+    while waiting:
+        place = waiting.pop()   # links come last, so that what is reached without them is named without them
+        if (real := os.path.realpath(place)) in seen:
+            continue
+        seen.add(real)
+        try:
+            names = sorted(os.listdir(place))
+        except OSError as error:
+            raise UserError(f"{place}: cannot be read ({error.strerror})") from None
+        for path in (place / name for name in names if not name.startswith(".")):
+            if path.is_dir():
+                waiting.insert(0 if path.is_symlink() else len(waiting), path)
+            elif path.suffix.lower() in suffixes:
+                found.append(path)
+            elif path.is_symlink() and not path.exists():
+                raise UserError(f"{path}: is a link to nothing, {os.readlink(path)}; mend or remove it")
+    return sorted(found)
 
 
 def unique_names(found: Sequence[tuple[Path, Path]]) -> list[str]:
@@ -117,7 +159,3 @@ def unique_names(found: Sequence[tuple[Path, Path]]) -> list[str]:
             for index in group:
                 kept[index] = kept[index] or same_folder
                 depth[index] = min(depth[index] + (not same_folder), len(found[index][1].parts) - 1)
-
-
-def _is_image(path: Path, hidden: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file() and hidden not in path.parents

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from engine.launch import run_script
 from datasets import find_images
+from datasets.texts import decoded, lines_of
 from engine.distributed import cleanup, gather, setup
 from engine.inference.image_files import MOST_PIXELS, predict_files
 from engine.inference.plan import best_kind
@@ -58,7 +59,7 @@ def _inputs(texts: list[str]) -> list[str]:
     for text in texts:
         if text != "-" and not glob.has_magic(text) and not Path(text).exists():
             raise UserError(f"{text}: no such image or folder")
-    lines = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in texts else []
+    lines = lines_of(decoded(sys.stdin.buffer.read(), "the list on stdin")) if "-" in texts else []
     if "-" in texts and not lines:
         raise UserError("-: no image is named on stdin")
     return [line for text in texts for line in (lines if text == "-" else [text])]

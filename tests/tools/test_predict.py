@@ -217,7 +217,7 @@ def test_large_images_are_reduced(checkpoint, tmp_path, one_thread):
 
 def test_given_labels_and_a_list_on_stdin(checkpoint, tmp_path, monkeypatch):
     picture(0).save(tmp_path / "a b.png")
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path / 'a b.png'}\n\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"\ufeff{tmp_path / 'a b.png'} \r\n\r\n".encode())))
     out = tmp_path / "out"
     tool.main([str(checkpoint), "-", "--output", str(out), "--kinds", "cam", "--labels", "cat, dog", "--device", "cpu"])
     entry = json.loads((out / "json" / "a b.json").read_text())
@@ -278,6 +278,21 @@ def test_names(tmp_path):
         *given, "two/w.jpg", "two/w.jpg.png", "two/w.png", "two/z.jpg",
     ]
     assert unique_names(found) == ["a/x", "b/x", "y", "one/z", "w.jpg", "w.jpg.png", "w.png", "two/z"]
+
+
+def test_links_to_folders(tmp_path):
+    """Those behind which something new lies are followed, and what is reached without a link is named without it."""
+    for name in ("real/x.jpg", "in/y.jpg", "in/sub/z.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    links = {"batch1": "../real", "batch2": "../real", "a": "sub", "loop": ".", "up": "..", "sub/up": ".."}
+    for name, target in {**links, "w.jpg": "gone"}.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    found = find_images([str(tmp_path / "in"), str(tmp_path / "in/**/*.jpg"), str(tmp_path / "real")], tmp_path / "out")
+    assert unique_names(found) == ["batch1/x", "sub/z", "w", "y"]
+    (tmp_path / "in" / "batch3").symlink_to("gone")
+    with pytest.raises(UserError, match="in/batch3: is a link to nothing, gone"):
+        find_images([str(tmp_path / "in")], tmp_path / "out")
 
 
 def test_output_is_no_input(tmp_path):
