@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from datasets import coco, shapes, voc
+from datasets.classes import class_list
 from datasets.config import Data
 from datasets.files import FileItem, ImageFiles, Unreadable, find_images, unique_names
 from datasets.labels import MASKS, load_labels
-from datasets.samples import Sample, find_list
+from datasets.samples import Sample, find_list, refuse_twice
 from datasets.sets import EvalItem, EvalSet, ImageSet, TrainItem, TrainSet, collate_train
+from datasets.texts import lines_of, read_text
 from datasets.transforms import build_augmentation
 from utils.errors import UserError
 from utils.files import ROOT
@@ -88,19 +90,16 @@ def _classes_of(data: Data, root: Path) -> tuple[str, ...]:
     own = root / "classes.txt"
     if data.classes or not own.is_file():
         return class_names(data)
-    names = [line.strip() for line in own.read_text(encoding="utf-8").splitlines() if line.strip()]
-    classes = tuple(name for name in names if name != "background")
-    if not classes or len(set(names)) != len(names):
-        expected = "expected the names of the classes, all different, one on each line"
-        raise UserError(f"{own}: {expected}; or give data.classes")
-    return classes
+    return class_list(lines_of(read_text(own)), own)
 
 
 def _samples(data: Data, root: Path, split: str, need_masks: bool) -> tuple[list[Sample], Path]:
     """The samples of a split, and its list."""
     layout = LAYOUTS[data.name]
     list_path = find_list(split, layout.list_folders(root), root)
-    return layout.read_samples(root, list_path, need_masks), list_path
+    samples = layout.read_samples(root, list_path, need_masks)
+    refuse_twice([sample.name for sample in samples], [sample.image for sample in samples], list_path)
+    return samples, list_path
 
 
 def find_root(data: Data) -> Path:

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from datasets.classes import class_list
+from utils.errors import UserError
 from utils.schema import Count, FilePath, Index, Positive, Section, Text, key
 
 
@@ -31,9 +33,12 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "Data":
-        names = self.classes or ()
-        if len({"background", *names}) != len(names) + 1:
-            self.refuse("classes", "names that differ, without background")
+        try:
+            fits = self.classes is None or class_list(self.classes, "") == self.classes
+        except UserError:
+            fits = False
+        if not fits:
+            self.refuse("classes", "one or more names that differ, without background")
         if self.resize_range[0] > self.resize_range[1]:
             self.refuse("resize_range", "[smallest, largest]")
         return self

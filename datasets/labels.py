@@ -7,7 +7,6 @@
     masks                   ids in the mask except 0 and 255
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +17,7 @@ import torch
 
 from datasets.onehot import read_onehot
 from datasets.samples import Sample, require_folder
+from datasets.texts import read_json
 from utils.errors import UserError, did_you_mean
 from utils.images import IGNORE, read_label_map
 
@@ -113,16 +113,18 @@ def _default_source(root: Path, list_folder: Path) -> Path | None:
 
 
 def _read_json(path: Path, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: image labels cannot be read ({error})") from None
+    return {name: multi_hot(present, classes, path, name) for name, present in read_named_classes(path).items()}
+
+
+def read_named_classes(path: Path) -> dict[str, list[str]]:
+    """{image: [class, ...]} of a JSON file. Raises UserError."""
+    content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: image labels must be an object of name -> list of class names")
     for name, present in content.items():
         if not isinstance(present, list) or not all(isinstance(label, str) for label in present):
             raise UserError(f"{path}: labels of image {name} must be a list of class names, not {present!r}")
-    return {name: multi_hot(present, classes, path, name) for name, present in content.items()}
+    return content
 
 
 def _read_xml(folder: Path, names: list[str], classes: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -146,7 +148,7 @@ def annotated_classes(annotation: Path | BinaryIO) -> list[str]:
         tree = ElementTree.parse(annotation)
     except FileNotFoundError:
         raise
-    except (OSError, ElementTree.ParseError) as error:
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:   # the last two: of its encoding
         raise UserError(f"{annotation}: annotation cannot be read ({error})") from None
     return [(found.findtext("name") or "").strip() for found in tree.getroot().findall("object")]
 

@@ -1,10 +1,12 @@
 """What every layout on disk shares: the sample, the split list, the check that files are there."""
 
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from datasets.texts import lines_of, read_text
 from utils.errors import UserError
 
 
@@ -35,14 +37,19 @@ def find_list(split: str, folders: tuple[Path, ...], root: Path) -> Path:
 
 def read_list(path: Path) -> list[list[str]]:
     """The non-empty lines of a list file, each split at white space. Raises UserError when there are none."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: split list cannot be read ({error})") from None
-    entries = [line.split() for line in text.splitlines() if line.strip()]
+    entries = [line.split() for line in lines_of(read_text(path))]
     if not entries:
         raise UserError(f"{path}: the split is empty; it must name at least one image")
     return entries
+
+
+def refuse_twice(names: Sequence[str], images: Sequence[object], source: object) -> None:
+    """Raises UserError where two of the images a list names are of one name: labels and results are known by it."""
+    known: dict[str, object] = {}
+    for name, image in zip(names, images, strict=True):
+        if name in known:
+            raise UserError(f"{source}: names image {name!r} twice, {known[name]} and {image}; rename or leave out one")
+        known[name] = image
 
 
 def require_folder(path: Path) -> None:

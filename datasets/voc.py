@@ -27,7 +27,7 @@ def read_samples(root: Path, list_path: Path, need_masks: bool) -> list[Sample]:
     """The samples of a split's list, in its order.
 
     A line of the list is a name, or '/JPEGImages/x.jpg' with or without '/SegmentationClassAug/x.png' behind it.
-    Raises UserError for a missing folder, an empty list, an image that is not there and,
+    Raises UserError for a missing folder, an empty list, another line, an image that is not there and,
     with need_masks, a mask that is not there.
     """
     require_folder(root / "JPEGImages")
@@ -36,6 +36,9 @@ def read_samples(root: Path, list_path: Path, need_masks: bool) -> list[Sample]:
         raise UserError(f"{root}: masks are needed, but there is neither {MASK_FOLDERS[0]} nor {MASK_FOLDERS[1]}")
     samples = []
     for entry in read_list(list_path):
+        if len(entry) > 2 or any("/" not in path for path in entry[1:]):
+            line = " ".join(entry)
+            raise UserError(f"{list_path}: '{line}': expected one name, or the paths of an image and its mask")
         image = root / (entry[0].lstrip("/") if "/" in entry[0] else f"JPEGImages/{entry[0]}.jpg")
         if image.name not in list_folder(image.parent):
             raise UserError(f"{image}: image of {list_path} is missing")

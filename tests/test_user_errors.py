@@ -97,8 +97,6 @@ def test_a_split_of_one_line_is_none(tiny_voc, tmp_path):
     ("model.weights=null", ("model.weights",)),
     ("data.root=nowhere", ("nowhere",)),
     ("tag=config=more_shapes", ("TAG", "config=more_shapes")),
-    ("data.classes=[a,a]", ("data.classes", "differ")),
-    ("data.classes=[background,a]", ("data.classes", "without background")),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_config(tiny_voc, tmp_path, override, words):
     train = tiny.train if "iteration=" in override else tiny.train_alone

@@ -19,6 +19,7 @@ from datasets.prepare import preparation
 from datasets.prepare.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command
 from datasets.prepare.sources import Blob, Source
 from datasets.samples import read_list
+from datasets.texts import decoded, lines_of
 from datasets.voc import CLASSES
 from utils.errors import UserError
 from utils.files import hash_of
@@ -58,7 +59,7 @@ def read_parts(voc: list[Source], sbd: Source | None) -> Parts:
 
 
 def _names(blob: Blob) -> list[str]:
-    return [line.split()[0] for line in blob.read().decode("utf-8-sig").splitlines() if line.strip()]
+    return [line.split()[0] for line in lines_of(decoded(blob.read(), blob))]
 
 
 def _sbd_masks(sbd: Source) -> dict[str, Blob]:

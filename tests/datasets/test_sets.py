@@ -1,6 +1,7 @@
 """The data sets as the trainer builds them: layouts, items, and every mistake a user makes with the files."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,7 +115,7 @@ def test_list_forms(tiny_voc):
     names = (tiny_voc / "ImageSets/Segmentation/val.txt").read_text().split()
     pairs = "\n".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in names)
     edit_list(tiny_voc, "pairs", "\ufeff" + pairs + "\n\n")
-    (tiny_voc / "plain.txt").write_text("\r\n".join(names))
+    (tiny_voc / "plain.txt").write_bytes(" \r\r".join(names).encode("utf-16"))
     by_path = str(tiny_voc / "plain.txt")
     for split in ("pairs", "plain", by_path, "plain.txt"):
         assert build_val_set(config_of(tiny_voc), split).names == names
@@ -128,11 +129,40 @@ def test_one_line_split(tiny_voc):
         assert build_train_set(config_of(tiny_voc, train_split="one"))[0, 1].name == name
 
 
-@pytest.mark.parametrize("text", ["", "\n \n"])
-def test_empty_split(tiny_voc, text):
-    edit_list(tiny_voc, "val", text)
-    with pytest.raises(UserError, match=r"val\.txt: the split is empty"):
-        build_val_set(config_of(tiny_voc))
+@pytest.mark.parametrize(("text", "words"), [
+    ("tiny_008\ntiny_009\ntiny_008\n", "names image 'tiny_008' twice"),
+    ("/JPEGImages/p/tiny_008.png\n/JPEGImages/q/tiny_008.png", r"twice, .*p/tiny_008\.png and .*q/tiny_008\.png"),
+    ("tiny_008\n/JPEGImages/p/tiny_008.png", r"twice, .*JPEGImages/tiny_008\.jpg and .*p/tiny_008\.png"),
+    ("tiny_008 1", "'tiny_008 1': expected one name, or"),
+    ("Stra\udcdfe", "save it as UTF-8"),
+    ("\n \r", "the split is empty"),
+])
+def test_lines_of_a_list(tiny_voc, text, words):
+    for folder in ("p", "q"):
+        shutil.copytree(tiny_voc / "SegmentationClassAug", tiny_voc / "JPEGImages" / folder)
+    (tiny_voc / "own.txt").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=rf"own\.txt: .*{words}"):
+        build_train_set(config_of(tiny_voc, train_split="own"))
+
+
+@pytest.mark.parametrize(("first", "last", "encoding", "words"), [
+    ("background\n", "", "utf-8-sig", None),
+    ("Background\n", "", "utf-16", None),
+    ("0: bg\r", "\r\n", "utf-8", None),
+    ("__ignore__\n_background_\n", "", "utf-8", None),
+    ("", "\nBACKGROUND", "utf-8", "'BACKGROUND' is no class"),
+    ("# mine\n", "", "utf-8", "'# mine' is no class"),
+    ("", "\nTV Monitor", "utf-8", "all different, not 'tvmonitor' and 'TV Monitor'"),
+    ("", "\nStra\xdfe", "latin-1", "save it as UTF-8"),
+    ("", "", "utf-16-le", "save it as UTF-8"),
+])
+def test_classes_txt(tiny_voc, first, last, encoding, words):
+    (tiny_voc / "classes.txt").write_bytes((first + "\n".join(voc.CLASSES) + last).encode(encoding))
+    if words is None:
+        assert build_train_set(config_of(tiny_voc)).classes == voc.CLASSES
+    else:
+        with pytest.raises(UserError, match=rf"classes\.txt: .*{words}"):
+            build_train_set(config_of(tiny_voc))
 
 
 def test_unknown_split(tiny_voc):
@@ -285,9 +315,6 @@ def test_the_folders_own_classes_come_before_the_data_sets(tiny_voc):
     assert train_set.classes == ("nut", "bolt") and train_set[0, 0].labels.tolist() == [0, 1]
     with pytest.raises(UserError, match="unknown class 'bolt'"):
         build_train_set(config_of(tiny_voc, classes=["screw"]))
-    (tiny_voc / "classes.txt").write_text("nut\nnut\n")
-    with pytest.raises(UserError, match=r"classes\.txt: expected the names of the classes, all different"):
-        build_train_set(config_of(tiny_voc))
 
 
 def test_a_split_that_is_not_there_is_told_which_are(tiny_voc):
