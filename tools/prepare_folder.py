@@ -6,7 +6,8 @@
     python tools/prepare_folder.py OUT --verify
 
     --labels   a CSV: an image in the first column, its classes in the others, or in one, apart by ';'; rows of one
-               image add up, 'background' is no class, a first row that starts with 'image' is a heading.
+               image add up, 'background' is no class, a first row that starts with 'image' is a heading. Or a table of
+               0 and 1 below the names of the classes.
                Or a JSON: {"image": ["class", ...], ...}
     --images   searched with all its subfolders; an image is its path in there, its file name, or that without ending
     --masks    palette or grey PNGs (RGB ones in VOC's colours), likewise; found by the image's name without ending

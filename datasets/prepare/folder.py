@@ -6,8 +6,10 @@ classes.txt; prints the command that trains on it.
 
 import argparse
 import csv
+import io
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,17 +17,24 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from datasets.classes import BACKGROUND, IGNORED, class_list, reserved
+from datasets.files import files_below
+from datasets.labels import read_named_classes
 from datasets.prepare import preparation
 from datasets.prepare.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command
 from datasets.prepare.sources import Blob, digest_of_listing
-from datasets.samples import read_list
+from datasets.samples import read_list, refuse_twice
+from datasets.texts import read_json, read_text
 from utils.errors import UserError, did_you_mean
 from utils.files import hash_of
 from utils.images import IGNORE, label_png, read_label_map
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-BACKGROUND, IGNORED = "background", "ignore"
 MOST_CLASSES = 254
+HEADINGS = ("image", "images", "image_id", "file", "filename", "file_name", "name", "path")   # of the images
+LISTS = ("class", "classes", "label", "labels", "category", "categories")   # headings of names, not of 0 and 1
+PRESENT, ABSENT = ("1", "1.0", "true"), ("0", "0.0", "false")
+VALUE = re.compile(r"[-+\d.,]+|true|false|yes|no|[xyn]", re.IGNORECASE)   # what is no name in a CSV
 VAL_SHARE = 0.1
 
 
@@ -38,14 +47,14 @@ class Row(NamedTuple):
 
 
 def find_files(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Path]:
-    """By the stem. Raises UserError where there are none, two of one stem, or one with white space."""
+    """By the stem. Raises UserError where there are none, two of one stem, one with white space, a link to nothing."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (--{what})")
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.is_file():
-            continue
-        if len(path.stem.split()) != 1 or path.stem != path.stem.strip():
+    for path in files_below(folder, suffixes):
+        if not path.exists():
+            raise UserError(f"{path}: is a link to nothing; mend or remove it")
+        if path.stem.split() != [path.stem] or not path.stem.isprintable():
             raise UserError(f"{path}: white space in a name cannot stand in a split list; rename the file")
         if path.stem in found:
             raise UserError(f"{path} and {found[path.stem]} have the same name {path.stem!r}; rename one")
@@ -57,39 +66,58 @@ def find_files(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, 
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a CSV or JSON table. Raises UserError naming the line."""
+    return _json_rows(path) if path.suffix.lower() == ".json" else _csv_rows(path)
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    rows = list(_rows_of_cells(path))
+    of_values = any(VALUE.fullmatch(cell) for row in rows[1:] for cell in row.classes)
+    columns = rows[0].classes if of_values else []
+    if len({*columns}) < len(columns) or any(VALUE.fullmatch(name) or name.lower() in LISTS for name in columns):
+        raise UserError(f"{path}: values such as 0 and 1 need a first row with the names of the classes, all different")
+    for row in rows[1:] if columns or (rows and rows[0].image.lower() in HEADINGS) else rows:
+        if not row.image:
+            raise UserError(f"{row.where}: no image in the first column")
+        yield row._replace(classes=_of_values(row, columns) if columns else _of_names(row))
+
+
+def _rows_of_cells(path: Path) -> Iterator[Row]:
+    """Rows that hold anything, with cells for classes; cells are apart by what comes first of commas, ; and tabs."""
+    text = read_text(path)
+    first = re.match(r'\s*(?:"[^"]*"|[^,;\t\n"])*([,;\t])', text)
+    reader = csv.reader(io.StringIO(text), delimiter=first[1] if first else ",", skipinitialspace=True, strict=True)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    return _json_rows(path, text) if path.suffix == ".json" else _csv_rows(path, text)
+        for cells in reader:
+            if any(cells := [cell.strip() for cell in cells]):
+                yield Row(f"{path}, line {reader.line_num}", cells[0], cells[1:])
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: cannot be read ({error})") from None
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[Row]:
-    reader = csv.reader(text.splitlines(), skipinitialspace=True)
-    for number, cells in enumerate(reader):
-        cells = [cell.strip() for cell in cells]
-        if not any(cells) or (number == 0 and cells[0].lower() == "image"):
-            continue
-        where = f"{path}, line {reader.line_num}"
-        classes = [name.strip() for cell in cells[1:] for name in cell.split(";") if name.strip()]
-        if not cells[0]:
-            raise UserError(f"{where}: no image in the first column")
-        if not classes:
-            raise UserError(f"{where}: image {cells[0]} has no class; write {BACKGROUND} where it shows none")
-        yield Row(where, cells[0], classes)
+def _of_values(row: Row, columns: list[str]) -> list[str]:
+    """The columns of 1."""
+    if len(row.classes) != len(columns):
+        raise UserError(f"{row.where}: {len(row.classes)} values, but {len(columns)} classes in the first row")
+    pairs = list(zip(columns, (value.lower() for value in row.classes), strict=True))
+    for name, value in pairs:
+        if value not in (*PRESENT, *ABSENT):
+            raise UserError(f"{row.where}: {value!r} in the column {name}: expected 1 or 0")
+    return [name for name, value in pairs if value in PRESENT]
 
 
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must be an object of image -> list of classes")
-    for image, classes in content.items():
-        if not isinstance(classes, list) or not all(isinstance(name, str) and name.strip() for name in classes):
-            raise UserError(f"{path}: image {image}: {json.dumps(classes)} is no list of class names")
-        yield Row(f"{path}, image {image}", image, classes)
+def _of_names(row: Row) -> list[str]:
+    classes = [name.strip() for cell in row.classes for name in cell.split(";") if name.strip()]
+    if not classes:
+        raise UserError(f"{row.where}: image {row.image} has no class; write {BACKGROUND} where it shows none")
+    for name in classes:
+        if "," in name or VALUE.fullmatch(name):
+            raise UserError(f"{row.where}: {name!r} is no class; names in one cell are apart by ;")
+    return classes
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    for image, classes in read_named_classes(path).items():
+        yield Row(f"{path}, image {image}", image, [name.strip() for name in classes])
 
 
 def read_table(path: Path, folder: Path, images: dict[str, Path], classes: list[str] | None) -> dict[str, list[str]]:
@@ -102,7 +130,7 @@ def read_table(path: Path, folder: Path, images: dict[str, Path], classes: list[
             raise UserError(f"{row.where}: {folder} has no image {row.image!r}{did_you_mean(row.image, stems)}")
         present = table.setdefault(stems[row.image], [])
         for name in row.classes:
-            if name == BACKGROUND:
+            if reserved(name) == BACKGROUND:
                 continue
             if classes is not None and name not in classes:
                 raise UserError(f"{row.where}: unknown class {name!r}{did_you_mean(name, classes)}")
@@ -116,20 +144,17 @@ def read_table(path: Path, folder: Path, images: dict[str, Path], classes: list[
 
 def _ways_to_say(folder: Path, images: dict[str, Path]) -> dict[str, str]:
     """Path below the folder, file name and stem -> stem."""
-    ways = {stem: stem for stem in images}
+    ways: dict[str, str] = {}
     for stem, path in images.items():
-        ways |= {path.name: stem, path.relative_to(folder).as_posix(): stem}
+        for way in (stem, path.name, path.relative_to(folder).as_posix()):
+            if ways.setdefault(way, stem) != stem:
+                raise UserError(f"{path} and {images[ways[way]]} are both known as {way!r}; rename one")
     return ways
 
 
 def parse_classes(text: str | None) -> list[str] | None:
-    """--classes; raises UserError for empty, equal or reserved names."""
-    if text is None:
-        return None
-    classes = [name.strip() for name in text.split(",")]
-    if not all(classes) or len(set(classes)) != len(classes) or {BACKGROUND, IGNORED} & set(classes):
-        raise UserError(f"--classes {text}: different names apart by commas, without {BACKGROUND} and {IGNORED}")
-    return classes
+    """--classes; raises UserError as `class_list` does."""
+    return None if text is None else list(class_list(text.split(","), f"--classes {text}"))
 
 
 def parse_ids(text: str | None) -> dict[int, str] | None:
@@ -138,11 +163,11 @@ def parse_ids(text: str | None) -> dict[int, str] | None:
         return None
     try:
         if text.endswith(".json"):
-            pairs = json.loads(Path(text).read_text(encoding="utf-8")).items()
+            pairs = read_json(Path(text)).items()
         else:
             pairs = [part.split("=", 1) for part in text.split(",")]
-        ids = {int(number): str(name).strip() for number, name in pairs}
-    except (OSError, ValueError, AttributeError) as error:
+        ids = {int(number): reserved(str(name)) or str(name).strip() for number, name in pairs}
+    except (ValueError, AttributeError) as error:
         raise UserError(f"--ids {text}: expected ID=CLASS,... or a JSON file of such pairs ({error})") from None
     if len(ids) != len(list(pairs)) or not all(ids.values()):
         raise UserError(f"--ids {text}: an id is named twice, or has no class")
@@ -156,7 +181,7 @@ def choose_classes(classes: list[str] | None, ids: dict[int, str] | None, has_ma
         unknown = [name for name in meant if classes is not None and name not in classes]
         if unknown:
             raise UserError(f"--ids names {name_some(unknown)}, which --classes does not")
-        return classes or meant
+        return classes or list(class_list(meant, "--ids"))
     if has_masks and classes is None:
         raise UserError("--masks needs --classes in the order of the masks' ids 1, 2, ..., or --ids")
     return classes
@@ -220,6 +245,7 @@ def _named(path: Path, ways: dict[str, str]) -> list[str]:
     unknown = [name for name in names if name not in ways]
     if unknown:
         raise UserError(f"{path}: no such images: {name_some(unknown)}")
+    refuse_twice([ways[name] for name in names], names, path)
     return [ways[name] for name in names]
 
 
@@ -238,8 +264,8 @@ def prepare(options: argparse.Namespace) -> None:
     images = find_files(options.images, IMAGES, "images")
     masks = find_files(options.masks, (".png",), "masks") if options.masks else {}
     table = read_table(options.labels, options.images, images, classes)
-    classes = classes or sorted({name for present in table.values() for name in present})
-    if not 1 <= len(classes) <= MOST_CLASSES:
+    classes = classes or list(class_list(sorted({n for names in table.values() for n in names}), options.labels))
+    if len(classes) > MOST_CLASSES:
         raise UserError(f"{options.labels}: {len(classes)} classes; 1 to {MOST_CLASSES} fit into a mask")
     lists = split_names(options, _ways_to_say(options.images, images), {s: masks[s] for s in masks if s in images})
     with Preparation(options.out, _identity(options, images, masks, ids, classes, lists)) as work:

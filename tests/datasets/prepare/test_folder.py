@@ -119,9 +119,11 @@ def test_one_row_a_class_and_many_columns_say_the_same(mine, capsys):
     first = (mine / "out/labels.json").read_bytes()
     tables = ("image,class\na,nut\na,bolt\nb,bolt\nc,nut\nc,hot dog\nd,background\n",
               "a.jpg, nut, bolt\nb.png, bolt\nc.jpg, nut, \"hot dog\"\nd.JPEG, background\n",
-              "\ufeffIMAGE,classes\r\na,nut; bolt\r\nb,bolt\r\nc,nut;hot dog;nut\r\nd,background\r\n")
+              "\ufeffIMAGE,classes\r\na,nut; bolt\r\nb,bolt\r\nc,nut;hot dog;nut\r\nd,background\r\n",
+              "a.jpg\tnut;bolt\rb.png\tbolt\r\rc.jpg\tnut\t\"hot dog\"\rd.JPEG\t__Background__\t\r",
+              "filename;nut;bolt;hot dog;bg\na;1;1;0;0\nb;0;1.0;0;0\nc;True;false;1;0\nd;0;0;0;1\n")
     for number, table in enumerate(tables):
-        (mine / "labels.csv").write_text(table, newline="")
+        (mine / "labels.csv").write_bytes(table.encode("utf-16" if number == 3 else "utf-8"))
         given = with_classes(mine)
         prepare_folder.main([str(mine / f"out{number}"), *given[1:]])
         assert (mine / f"out{number}/labels.json").read_bytes() == first
@@ -207,7 +209,17 @@ def large_id(mine):
     (write("labels.csv", TABLE.replace("more/b.png,bolt", "more/b.png,")), (), ("labels.csv, line 3", "no class")),
     (write("labels.csv", TABLE.replace("a.jpg", "")), (), ("labels.csv, line 2", "first column")),
     (write("labels.csv", TABLE.replace("d.JPEG,background\n", "")), (), ("labels.csv", "no classes of 1", "d.JPEG")),
-    (write("labels.csv", "\xff\n"), (), ("labels.csv",)),
+    (write("labels.csv", "image,nut,bolt\na,1,2\n"), (), ("labels.csv, line 2", "'2' in the column bolt")),
+    (write("labels.csv", "image,nut,bolt\na,1\n"), (), ("labels.csv, line 2", "1 values, but 2 classes")),
+    (write("labels.csv", "a,1,0\nb,0,1\n"), (), ("labels.csv: values such as 0 and 1 need a first row",)),
+    (write("labels.csv", "image,label\na,1\n"), (), ("labels.csv: values such as 0 and 1 need a first row",)),
+    (write("labels.csv", "image,nut,nut\na,1,0\n"), (), ("labels.csv: values", "all different")),
+    (write("labels.csv", "a,1\n"), (), ("labels.csv, line 1: '1' is no class",)),
+    (write("labels.csv", 'image,classes\na,"nut,bolt"\n'), (), ("labels.csv, line 2: 'nut,bolt' is no class",)),
+    (write("labels.csv", 'image,classes\na,"nut"x\n'), (), ("labels.csv, line 2: cannot be read",)),
+    (lambda mine: (mine / "labels.csv").write_bytes(b"a,Stra\xdfe"), (), ("labels.csv", "save it as UTF-8")),
+    (lambda mine: (mine / "images/e.jpg").symlink_to("gone"), (), ("e.jpg: is a link to nothing",)),
+    (lambda mine: (mine / "images/a.jpg.png").symlink_to("a.jpg"), (), ("both known as 'a.jpg'",)),
     (spaced, (), ("a 1.jpg", "white space")),
     (twice, (), ("images/a.jpg", "more/a.png", "same name")),
     (small_mask, (), ("masks/a.png is 4x3", "a.jpg is 16x12")),
@@ -218,10 +230,12 @@ def large_id(mine):
     (write("val.txt", "a\nx\n"), ("--train-list", "val.txt", "--val-list", "val.txt"), ("val.txt", "images: x")),
     (write("val.txt", "a\n"), ("--train-list", "val.txt", "--val-list", "val.txt"), ("val.txt", "training list: a")),
     (write("val.txt", "a\n"), ("--val-list", "val.txt"), ("--train-list",)),
+    (write("val.txt", "c\nc.jpg"), ("--train-list", "val.txt", "--val-list", "val.txt"), ("'c' twice, c and c.jpg",)),
     (write("val.txt", ""), ("--ids", "1=nut,1=bolt"), ("--ids", "twice")),
     (write("val.txt", ""), ("--ids", "one=nut"), ("--ids", "ID=CLASS")),
     (write("val.txt", ""), ("--ids", "1=screw"), ("--ids", "screw")),
     (write("val.txt", ""), ("--classes", "nut,nut"), ("--classes",)),
+    (write("val.txt", ""), ("--classes", "nut,BG"), ("--classes", "'BG' is no class")),
 ])
 def test_mistakes_are_named(edit, more, words, mine):
     edit(mine)
