@@ -89,6 +89,7 @@ class _Reader(pickle.Unpickler):
             ("numpy.core.numeric", "_frombuffer"): frombuffer,
             ("numpy._core.numeric", "_frombuffer"): frombuffer,
             ("numpy", "ndarray"): ArrayType,
+            ("collections", "OrderedDict"): dict,
             ("numpy", "dtype"): _Dtype,
             ("_codecs", "encode"): encode,
         }

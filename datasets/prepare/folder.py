@@ -55,7 +55,7 @@ def find_files(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, 
         if not path.exists():
             raise UserError(f"{path}: is a link to nothing; mend or remove it")
         if path.stem.split() != [path.stem] or not path.stem.isprintable():
-            raise UserError(f"{path}: white space in a name cannot stand in a split list; rename the file")
+            raise UserError(f"{path}: white space or unprintable in a name cannot stand in a split list; rename it")
         if path.stem in found:
             raise UserError(f"{path} and {found[path.stem]} have the same name {path.stem!r}; rename one")
         found[path.stem] = path
@@ -110,7 +110,7 @@ def _of_names(row: Row) -> list[str]:
     if not classes:
         raise UserError(f"{row.where}: image {row.image} has no class; write {BACKGROUND} where it shows none")
     for name in classes:
-        if "," in name or VALUE.fullmatch(name):
+        if set(",|") & {*name} or VALUE.fullmatch(name):
             raise UserError(f"{row.where}: {name!r} is no class; names in one cell are apart by ;")
     return classes
 
