@@ -70,7 +70,7 @@ class EvalSet(_ImageSet):
         sample = self.samples[index]
         image = read_rgb(sample.image)
         label_map = read_label_map(sample.mask, len(self.classes) + 1)
-        check_same_size(image, sample.image, label_map, sample.mask)
+        check_same_size(image.shape[:2], sample.image, label_map, sample.mask)
         return EvalItem(sample.name, normalize(image), self.labels_of(sample), label_map)
 
 

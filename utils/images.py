@@ -5,12 +5,15 @@ Ids in a label map: 0 background, 1..K classes, 255 ignore.
 
 import functools
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from utils.errors import UserError
 from utils.files import replacing
@@ -19,37 +22,59 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
 IGNORE = 255
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what PIL raises
+ORIENTATION = 0x0112   # of EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+warnings.filterwarnings("ignore", module=r"PIL\.")   # of odd metadata: what cannot be read is refused all the same
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
     """Image file as RGB uint8 (H, W, 3): greyscale, CMYK, palette, alpha and EXIF rotation are resolved.
 
-    Alpha is dropped. Raises UserError when the file is missing, truncated or no image.
+    Alpha is dropped, and EXIF that cannot be read. Of several pictures in a file the first counts.
+    Raises UserError when the file is missing, truncated, no image, or of values without a known range.
     """
-    image = _open(path, "image")
-    if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.mode == "P":
-        image = image.convert("RGBA")  # resolves a transparent palette entry without a warning
-    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    with _opened(path, "image") as image:
+        image = _upright(image)
+        if image.mode == "F" or image.mode.startswith("I"):   # PIL's own conversion would clip at 255
+            image = _eight_bits(image, path)
+        elif image.mode == "P":
+            image = image.convert("RGBA")  # resolves a transparent palette entry without a warning
+        return np.array(image.convert("RGB"))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an image file as it is shown; only a TIFF is decoded for it. Raises UserError."""
+    with _opened(path, "image") as image:
+        if image.format == "TIFF":
+            image.load()   # turns it, and then says so no more
+        width, height = image.size
+        return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+
+
+def read_ids(path: str | Path) -> np.ndarray:
+    """Mask file as integers (H, W): palette indices, grey values of any depth, or RGB in the colours of `voc_palette`.
+
+    Raises UserError when the file is missing, broken or a JPEG, or holds another colour.
+    """
+    with _opened(path, "mask") as image:
+        if image.format in ("JPEG", "MPO"):
+            raise UserError(f"{path}: a JPEG blurs the ids of a mask; use palette or greyscale PNG")
+        image = _upright(image)
+        if image.mode in ("RGB", "RGBA"):
+            return _ids_of_colours(np.asarray(image.convert("RGB")), path)
+        if image.mode in ("P", "L", "1", "LA", "PA") or image.mode.startswith("I"):
+            return np.asarray(image.getchannel(0) if image.mode in ("LA", "PA") else image)
+        raise UserError(f"{path}: a mask of mode {image.mode} cannot be read; use palette or greyscale PNG")
 
 
 def read_label_map(path: str | Path, num_ids: int) -> np.ndarray:
-    """Mask file as ids uint8 (H, W): palette indices, grey values, or RGB in the colours of `voc_palette`.
-
-    num_ids: K + 1; every id is < num_ids or 255.
-    Raises UserError when the file is missing or broken, or holds another id or colour.
-    """
-    image = _open(path, "mask")
-    if image.mode in ("RGB", "RGBA"):
-        ids = _ids_of_colours(np.asarray(image.convert("RGB")), path)
-    elif image.mode == "LA":
-        ids = np.asarray(image.getchannel("L"))
-    elif image.mode in ("P", "L", "1") or image.mode.startswith("I"):
-        ids = np.asarray(image)
-    else:
-        raise UserError(f"{path}: a mask of mode {image.mode} cannot be read; use palette or greyscale PNG")
+    """The ids of `read_ids`, uint8 (H, W). num_ids: K + 1; every id is < num_ids or 255. Raises UserError."""
+    ids = read_ids(path)
     present = np.unique(ids)
     bad = present[(present >= num_ids) & (present != IGNORE) | (present < 0)]
     if bad.size:
@@ -59,11 +84,13 @@ def read_label_map(path: str | Path, num_ids: int) -> np.ndarray:
     return ids.astype(np.uint8)
 
 
-def check_same_size(image: np.ndarray, image_path: str | Path, label_map: np.ndarray, label_path: str | Path) -> None:
-    """Raises UserError, naming both files, unless image (H, W, 3) and label_map (H, W) have the same size."""
-    if image.shape[:2] != label_map.shape:
-        (h, w), (mask_h, mask_w) = image.shape[:2], label_map.shape
-        raise UserError(f"{label_path} is {mask_w}x{mask_h}, but its image {image_path} is {w}x{h}: sizes must agree")
+def check_same_size(
+    size: tuple[int, ...], path: str | Path, label_map: np.ndarray, label_path: str | Path, what: str = "image"
+) -> None:
+    """Raises UserError, naming both files, unless label_map (H, W) has the size (H, W) of its `what`, the file path."""
+    if size != label_map.shape:
+        (h, w), (mask_h, mask_w) = size, label_map.shape
+        raise UserError(f"{label_path} is {mask_w}x{mask_h}, but its {what} {path} is {w}x{h}: sizes must agree")
 
 
 def normalize(image: np.ndarray) -> torch.Tensor:
@@ -133,16 +160,44 @@ def heatmap(values: np.ndarray, image: np.ndarray, alpha: float = 0.5) -> np.nda
     return ((1 - alpha) * image + alpha * colours).round().astype(np.uint8)
 
 
-def _open(path: str | Path, what: str) -> Image.Image:
-    """The decoded PIL image, or a UserError that names the file."""
+@contextmanager
+def _opened(path: str | Path, what: str) -> Iterator[Image.Image]:
+    """The PIL image, not decoded yet. What goes wrong with it in the block is a UserError that names the file."""
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            yield image
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: {what} file is missing") from None
-    except _UNREADABLE as error:
-        raise UserError(f"{path}: {what} file cannot be read ({error}); is it truncated or no image?") from None
+    except Exception as error:   # a broken file makes PIL raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: {what} file cannot be read ({reason}); is it truncated or no image?") from None
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """What EXIF says of it; None where that is nothing, or cannot be read: the pixels are sound all the same."""
+    try:
+        value = image.getexif().get(ORIENTATION)
+        return int(value) if value in TURNS else None
+    except Exception:
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decoded, and turned as EXIF says."""
+    image.load()
+    orientation = _orientation(image)
+    return image if orientation is None else image.transpose(TURNS[orientation])
+
+
+def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    """The high bytes of 16-bit grey values."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F" or low < 0 or high > 65535 or 0 < high < 256:
+        raise UserError(f"{path}: mode {image.mode} with {low:g}..{high:g} is no 16-bit image (0..65535); use 8 bits")
+    return Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
 
 
 def _ids_of_colours(rgb: np.ndarray, path: str | Path) -> np.ndarray:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from datasets.classes import BACKGROUND, IGNORED, class_list, reserved
 from datasets.files import files_below
@@ -27,7 +26,7 @@ from datasets.samples import read_list, refuse_twice
 from datasets.texts import read_json, read_text
 from utils.errors import UserError, did_you_mean
 from utils.files import hash_of
-from utils.images import IGNORE, label_png, read_label_map
+from utils.images import IGNORE, check_same_size, label_png, read_ids, read_label_map, read_rgb
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MOST_CLASSES = 254
@@ -187,27 +186,24 @@ def choose_classes(classes: list[str] | None, ids: dict[int, str] | None, has_ma
     return classes
 
 
+def check_image(image: Blob) -> None:
+    """Raises UserError, naming the file, where it cannot be trained on."""
+    read_rgb(image.open())
+
+
 def mask_bytes(mask: Blob, image: Blob, lookup: dict[int, int] | None, num_ids: int) -> bytes:
     """The mask with the ids of the project. lookup: id of the mask -> id; None: as they are, below num_ids or 255.
 
     Raises UserError for an id without meaning and another size than the image's.
     """
     label_map = read_label_map(mask.open(), num_ids) if lookup is None else _translate(mask, lookup)
-    if label_map.shape != (size := image.image_size()):
-        (h, w), (mask_h, mask_w) = size, label_map.shape
-        raise UserError(f"{mask} is {mask_w}x{mask_h}, but its image {image} is {w}x{h}: sizes must agree")
+    check_same_size(image.image_size(), image, label_map, mask)
     return label_png(label_map)
 
 
 def _translate(mask: Blob, lookup: dict[int, int]) -> np.ndarray:
-    """Ids uint8 (H, W) of a palette or grey PNG, of 8 or 16 bits."""
-    try:
-        with Image.open(mask.open()) as image:
-            mode, values = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{mask}: mask file cannot be read ({error})") from None
-    if values.ndim != 2:
-        raise UserError(f"{mask}: --ids needs palette or grey masks, this one is {mode}")
+    """Ids uint8 (H, W) of a mask with ids of any kind."""
+    values = read_ids(mask.open())
     present, places = np.unique(values, return_inverse=True)
     unknown = [int(number) for number in present if int(number) not in lookup]
     if unknown:
@@ -292,7 +288,7 @@ def _lookup(ids: dict[int, str] | None, classes: list[str]) -> dict[int, int] | 
 
 def _make(work: Preparation, options: argparse.Namespace, images, masks, lookup, classes, lists, table) -> None:
     blobs = {stem: Blob(path) for stem, path in images.items()}
-    list(preparation.parallel(Blob.image_size, blobs.values(), options.workers, "check images", len(blobs)))
+    list(preparation.parallel(check_image, blobs.values(), options.workers, "check images", len(blobs)))
     names = {stem: _name_of(path) for stem, path in images.items()}
     how = "link" if options.link else "copy"
     work.make([image_task(names[stem], blob, how) for stem, blob in blobs.items()], options.workers, "images")

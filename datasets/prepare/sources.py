@@ -17,14 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from PIL import Image
-
 from utils.errors import UserError
 from utils.files import hash_of, replacing
+from utils.images import image_size
 
 GZIP = b"\x1f\x8b"
 BLOCK = 512  # of a tar
-EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
 
 
 class Blob(NamedTuple):
@@ -57,16 +55,8 @@ class Blob(NamedTuple):
         return Named(self.read(), str(self))
 
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of an image as it is shown, without decoding it. Raises UserError where it is no image."""
-        try:
-            with Image.open(self.path if self.offset == 0 and self.member is None else self.open()) as image:
-                width, height = image.size
-                turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
-        except FileNotFoundError:
-            raise UserError(f"{self}: image file is missing") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self}: image file cannot be read ({error})") from None
-        return (width, height) if turned else (height, width)
+        """(height, width) of an image as it is shown. Raises UserError where it is no image."""
+        return image_size(self.path if self.offset == 0 and self.member is None else self.open())
 
 
 class Named(io.BytesIO):

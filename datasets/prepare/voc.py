@@ -23,7 +23,7 @@ from datasets.texts import decoded, lines_of
 from datasets.voc import CLASSES
 from utils.errors import UserError
 from utils.files import hash_of
-from utils.images import label_png, read_label_map
+from utils.images import check_same_size, label_png, read_label_map
 from utils.progress import progress_bar
 
 # images of the official lists; train_aug: VOC train and SBD without VOC val
@@ -124,9 +124,7 @@ def _wrong_count(split: str, names: list[str], parts: Parts, partial: bool) -> N
 def mask_bytes(mask: Blob, image: Blob) -> bytes:
     """A mask as a palette PNG of ids 0..20 and 255. Raises UserError where it is broken or of another size."""
     label_map = _read_mat(mask) if Path(mask.member or mask.path.name).suffix == ".mat" else _read_png(mask)
-    if label_map.shape != (size := image.image_size()):
-        (h, w), (mask_h, mask_w) = size, label_map.shape
-        raise UserError(f"{mask} is {mask_w}x{mask_h}, but its image {image} is {w}x{h}: sizes must agree")
+    check_same_size(image.image_size(), image, label_map, mask)
     return label_png(label_map)
 
 

@@ -1,5 +1,7 @@
 """utils/images.py: every kind of file, every kind of bad file."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,49 @@ def test_exif_rotation(tmp_path, photo, orientation):
     assert read.shape == photo.shape and difference(read, photo) < 3
 
 
+def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """Of (tag, type, count, value), values of more than 4 bytes behind the table."""
+    table, behind = b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(entries)), b""
+    for tag, kind, count, value in entries:
+        place = struct.pack("<L", 14 + 12 * len(entries) + len(behind))
+        table += struct.pack("<HHL", tag, kind, count) + (value.ljust(4, b"\0") if len(value) <= 4 else place)
+        behind += value if len(value) > 4 else b""
+    return table + b"\0" * 4 + behind
+
+
+TURNED = 0x0112, 3, 1, b"\6\0"
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(("data", "turned"), [
+    (exif(TURNED, (0x011A, 10, 1, struct.pack("<ll", -1, 0))), True),   # a resolution below zero, by zero
+    (exif(TURNED)[:30], True),
+    (exif((0x0112, 3, 1, b"\x09")), False),
+    (exif((0x0112, 2, 2, b"6\0")), False),
+    (exif((0x0112, 5, 1, struct.pack("<LL", 6, 0))), False),
+    (b"Exif\0\0" + bytes(range(99)), False),
+], ids=["impossible", "cut", "no orientation", "text", "by zero", "garbage"])
+def test_broken_exif_of_sound_pixels(tmp_path, photo, ending, data, turned):
+    path = tmp_path / f"x.{ending}"
+    Image.fromarray(photo).save(path, exif=data, quality=95)
+    read = images.read_rgb(path)
+    assert images.image_size(path) == read.shape[:2]
+    assert difference(read, np.rot90(photo, -1) if turned else photo) < 3
+
+
+def test_a_turned_tiff_has_the_size_it_is_read_at(tmp_path, photo):
+    Image.fromarray(photo).save(tmp_path / "x.tif", tiffinfo={0x0112: 6})
+    assert images.image_size(tmp_path / "x.tif") == images.read_rgb(tmp_path / "x.tif").shape[:2] == (60, 40)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(np.float32, 1), (np.float32, np.nan), (np.int32, -1), (np.uint16, 1)])
+def test_values_of_no_known_range(tmp_path, photo, dtype, factor):
+    """16 bits that hold 8 would be black."""
+    Image.fromarray(photo[..., 0].astype(dtype) * factor).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"x\.tif: mode .* is no 16-bit image"):
+        images.read_rgb(tmp_path / "x.tif")
+
+
 def test_missing_image(tmp_path):
     with pytest.raises(UserError, match=r"gone\.jpg.*missing"):
         images.read_rgb(tmp_path / "gone.jpg")
@@ -112,6 +157,17 @@ def test_mask_id_out_of_range(tmp_path, wide):
     Image.fromarray(ids).save(tmp_path / "m.png")
     with pytest.raises(UserError, match=r"m\.png.*id 21.*0\.\.20"):
         images.read_label_map(tmp_path / "m.png", 21)
+
+
+def test_masks_of_other_modes(tmp_path):
+    ids = Image.fromarray(np.array([[0, 1], [20, 255]], np.uint8))
+    Image.merge("LA", (ids, Image.new("L", (2, 2)))).save(tmp_path / "m.png")
+    assert (images.read_label_map(tmp_path / "m.png", 21) == np.asarray(ids)).all()
+    Image.fromarray(np.asarray(ids) > 0).save(tmp_path / "m.png")   # 1 bit
+    assert images.read_label_map(tmp_path / "m.png", 21).tolist() == [[0, 1], [1, 1]]
+    ids.save(tmp_path / "m.png", "JPEG")
+    with pytest.raises(UserError, match=r"m\.png: a JPEG blurs the ids"):
+        images.read_label_map(tmp_path / "m.png", 256)
 
 
 def test_missing_mask(tmp_path):

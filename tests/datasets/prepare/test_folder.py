@@ -203,6 +203,11 @@ def large_id(mine):
     Image.fromarray(np.full(SIZE, 9, np.uint8)).save(mine / "masks/c.png")
 
 
+def cut_image(mine):
+    path = mine / "images/c.jpg"
+    path.write_bytes(path.read_bytes()[:-60])
+
+
 @pytest.mark.parametrize(("edit", "more", "words"), [
     (write("labels.csv", TABLE + "e.jpg,nut\n"), (), ("labels.csv, line 8", "'e.jpg'")),
     (write("labels.csv", TABLE + "a.jpg,nutt\n"), (), ("labels.csv, line 8", "'nutt'", "'nut'")),
@@ -227,6 +232,7 @@ def large_id(mine):
     (large_id, ("--ids", "0=background,255=ignore,1=nut,2=bolt,3=hot dog"), ("masks/c.png", "id 9", "--ids")),
     (write("masks/a.png", "broken"), (), ("masks/a.png", "cannot be read")),
     (write("images/c.jpg", "broken"), (), ("images/c.jpg", "cannot be read")),
+    (cut_image, (), ("images/c.jpg", "truncated")),
     (write("val.txt", "a\nx\n"), ("--train-list", "val.txt", "--val-list", "val.txt"), ("val.txt", "images: x")),
     (write("val.txt", "a\n"), ("--train-list", "val.txt", "--val-list", "val.txt"), ("val.txt", "training list: a")),
     (write("val.txt", "a\n"), ("--val-list", "val.txt"), ("--train-list",)),
