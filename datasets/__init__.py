@@ -6,6 +6,7 @@
     ImageFiles(paths, names, ...)[index]   -> FileItem or Unreadable
 """
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,11 +47,17 @@ def build_train_set(config: Section) -> TrainSet:
 
 
 def build_val_set(config: Section, split: str | None = None) -> EvalSet:
-    """The split `split` (None: config.data.val_split) at native size with its masks. Raises UserError."""
+    """The split `split` (None: config.data.val_split) at native size with its masks.
+
+    Raises UserError, also where the masks do not show what the image labels say; a few that do not are logged.
+    """
     split = split or config.data.val_split
     if split is None:
         raise UserError("data.val_split is null: give data.val_split=NAME, the split to score, which needs masks")
-    return EvalSet(*_load(config.data, split, need_masks=True))
+    dataset = EvalSet(*_load(config.data, split, need_masks=True))
+    if note := dataset.compared():
+        logging.getLogger("wsss").warning(note)
+    return dataset
 
 
 def build_image_set(config: Section, split: str) -> ImageSet:

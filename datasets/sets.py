@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from datasets import agreement
 from datasets.samples import Sample
 from datasets.transforms import seeded
 from utils.batch import Batch, most_classes
 from utils.images import check_same_size, normalize, read_label_map, read_rgb
+
+COMPARED = 200   # masks at most: a second, where all of COCO's would be minutes
 
 
 class TrainItem(NamedTuple):
@@ -65,6 +68,13 @@ class TrainSet(_ImageSet):
 
 class EvalSet(_ImageSet):
     """Indexed by the image's number. Raises UserError where image and mask differ in size."""
+
+    def compared(self) -> str | None:
+        """The line of `agreement.compare` on some of the masks, evenly spread. Raises UserError as that does."""
+        some = self.samples[:: -(-len(self) // COMPARED)]
+        labels = ({index + 1 for index in self.labels_of(sample).nonzero().flatten().tolist()} for sample in some)
+        masks = [sample.mask for sample in some]
+        return agreement.compare(zip(masks, labels, map(agreement.ids_in, masks), strict=True), self.classes)
 
     def __getitem__(self, index: int) -> EvalItem:
         sample = self.samples[index]

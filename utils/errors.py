@@ -1,7 +1,9 @@
-"""The one exception for a user's mistake, and the word that comes nearest to a mistyped one."""
+"""The one exception for a user's mistake, and words for its line."""
 
 import difflib
 from collections.abc import Iterable
+
+NAMED = 5   # names a message lists
 
 
 class UserError(Exception):
@@ -20,6 +22,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for a word that is not known; '' where nothing is known."""
     known = list(known)
     return f"; did you mean '{nearest(name, known)}'?" if known else ""
+
+
+def name_some(names: Iterable[str]) -> str:
+    """'a, b, c and 4 more'."""
+    names = list(names)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def likeness(a: str, b: str) -> float:

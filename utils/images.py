@@ -22,12 +22,8 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
 IGNORE = 255
 
-ORIENTATION = 0x0112   # of EXIF
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+ORIENTATION = 0x0112   # of EXIF; how Image.transpose undoes each
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
 warnings.filterwarnings("ignore", module=r"PIL\.")   # of odd metadata: what cannot be read is refused all the same
 
@@ -41,7 +37,11 @@ def read_rgb(path: str | Path) -> np.ndarray:
     with _opened(path, "image") as image:
         image = _upright(image)
         if image.mode == "F" or image.mode.startswith("I"):   # PIL's own conversion would clip at 255
-            image = _eight_bits(image, path)
+            values = np.asarray(image)
+            low, high = values.min(), values.max()
+            if image.mode == "F" or low < 0 or high > 65535 or 0 < high < 256:
+                raise UserError(f"{path}: mode {image.mode}, {low:g}..{high:g}: not of 16 bits (0..65535); write 8")
+            image = Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
         elif image.mode == "P":
             image = image.convert("RGBA")  # resolves a transparent palette entry without a warning
         return np.array(image.convert("RGB"))
@@ -178,8 +178,7 @@ def _opened(path: str | Path, what: str) -> Iterator[Image.Image]:
 def _orientation(image: Image.Image) -> int | None:
     """What EXIF says of it; None where that is nothing, or cannot be read: the pixels are sound all the same."""
     try:
-        value = image.getexif().get(ORIENTATION)
-        return int(value) if value in TURNS else None
+        return image.getexif().get(ORIENTATION)
     except Exception:
         return None
 
@@ -187,17 +186,8 @@ def _orientation(image: Image.Image) -> int | None:
 def _upright(image: Image.Image) -> Image.Image:
     """Decoded, and turned as EXIF says."""
     image.load()
-    orientation = _orientation(image)
-    return image if orientation is None else image.transpose(TURNS[orientation])
-
-
-def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
-    """The high bytes of 16-bit grey values."""
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    if image.mode == "F" or low < 0 or high > 65535 or 0 < high < 256:
-        raise UserError(f"{path}: mode {image.mode} with {low:g}..{high:g} is no 16-bit image (0..65535); use 8 bits")
-    return Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
+    turn = TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _ids_of_colours(rgb: np.ndarray, path: str | Path) -> np.ndarray:

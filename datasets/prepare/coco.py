@@ -21,9 +21,9 @@ from pycocotools.coco import COCO
 from datasets.coco import CLASSES
 from datasets.labels import labels_of_mask
 from datasets.prepare import preparation
-from datasets.prepare.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command
+from datasets.prepare.preparation import Preparation, Task, image_task, list_task, to_json, train_command
 from datasets.prepare.sources import Blob, Source
-from utils.errors import UserError
+from utils.errors import UserError, name_some
 from utils.files import hash_of
 from utils.images import label_png, read_label_map
 

@@ -16,15 +16,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from datasets import agreement
 from datasets.classes import BACKGROUND, IGNORED, class_list, reserved
 from datasets.files import files_below
 from datasets.labels import read_named_classes
 from datasets.prepare import preparation
-from datasets.prepare.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command
+from datasets.prepare.preparation import Preparation, Task, image_task, list_task, to_json, train_command
 from datasets.prepare.sources import Blob, digest_of_listing
 from datasets.samples import read_list, refuse_twice
 from datasets.texts import read_json, read_text
-from utils.errors import UserError, did_you_mean
+from utils.errors import UserError, did_you_mean, name_some
 from utils.files import hash_of
 from utils.images import IGNORE, check_same_size, label_png, read_ids, read_label_map, read_rgb
 
@@ -295,6 +296,7 @@ def _make(work: Preparation, options: argparse.Namespace, images, masks, lookup,
     arguments = {stem: (Blob(masks[stem]), blobs[stem], lookup, len(classes) + 1) for stem in masks if stem in blobs}
     work.make([Task(f"SegmentationClassAug/{stem}.png", mask_bytes, given) for stem, given in arguments.items()],
               options.workers, "masks")
+    _compare(work.root, {stem: masks[stem] for stem in arguments}, table, classes, options.workers)
     rest = [list_task(split, [_line(names[stem]) for stem in stems]) for split, stems in lists.items()]
     rest += [Task("labels.json", to_json, (table,)), Task("classes.txt", str.encode, ("\n".join(classes) + "\n",))]
     work.make(rest, options.workers, "lists")
@@ -303,6 +305,16 @@ def _make(work: Preparation, options: argparse.Namespace, images, masks, lookup,
     unused = len(masks) - len(arguments)
     print(f"{options.out}: " + ", ".join(f"{part} {count}" for part, count in counts.items())
           + (f"; {unused} masks have no image" if unused else ""))
+
+
+def _compare(root: Path, masks: dict[str, Path], table: dict[str, list[str]], classes: list[str], workers: int) -> None:
+    """Says where the masks, as they were written, and the table differ. Raises UserError where most do."""
+    written = [root / f"SegmentationClassAug/{stem}.png" for stem in masks]
+    ids = preparation.parallel(agreement.ids_in, written, workers, "compare with labels", len(masks))
+    labels = ({classes.index(name) + 1 for name in table[stem]} for stem in masks)
+    note = agreement.compare(zip(masks.values(), labels, ids, strict=True), classes)
+    if note:
+        print(note)
 
 
 def _name_of(path: Path) -> str:

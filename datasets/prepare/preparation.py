@@ -37,7 +37,6 @@ from utils.progress import progress_bar
 VERSION = 1  # of the tools: raise it when the files they make change
 MANIFEST, JOURNAL, UNPACKED = "manifest.json", ".preparing.jsonl", ".*.tar"
 WAITING = 4  # results a process may be ahead
-NAMED = 5    # names a message lists
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -310,13 +309,6 @@ def _differences(theirs: dict, ours: dict, within: str = "") -> Iterator[tuple[s
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def name_some(names: Iterable[str]) -> str:
-    """'a, b, c and 4 more'."""
-    names = list(names)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -16,12 +16,12 @@ from scipy.io import loadmat
 from datasets.labels import annotated_classes, multi_hot
 from datasets.onehot import read_onehot
 from datasets.prepare import preparation
-from datasets.prepare.preparation import Preparation, Task, image_task, list_task, name_some, to_json, train_command
+from datasets.prepare.preparation import Preparation, Task, image_task, list_task, to_json, train_command
 from datasets.prepare.sources import Blob, Source
 from datasets.samples import read_list
 from datasets.texts import decoded, lines_of
 from datasets.voc import CLASSES
-from utils.errors import UserError
+from utils.errors import UserError, name_some
 from utils.files import hash_of
 from utils.images import check_same_size, label_png, read_label_map
 from utils.progress import progress_bar

@@ -12,7 +12,7 @@ from engine.checkpoints import files
 from engine.config import RunConfig
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
 from engine.evaluation.image_scores import ImageScores, new_evaluation, write_evaluation
-from engine.evaluation.results import append_results, score_entries, settings_of, summary_line, table, title
+from engine.evaluation.results import append_results, score_entries, scores_of, settings_of, summary_line, table, title
 from engine.inference.batch import Prediction
 from engine.inference.many import as_is, over_images
 from engine.inference.pictures import prediction_panels, save_picture, side_by_side
@@ -23,15 +23,17 @@ from utils.metrics import Scores, confusion_matrix
 from utils.progress import progress_bar
 
 
-def validate(method: Method, dataset: Dataset, config: RunConfig, ranks: Ranks) -> dict[str, float]:
-    """mIoU (0..1) of every kind of map by the plan of training, the same on all ranks.
+def validate(method: Method, dataset: Dataset, config: RunConfig, ranks: Ranks) -> tuple[dict[str, float], int]:
+    """mIoU (0..1) of every kind of map by the plan of training, and the number of classes present, on all ranks.
 
-    dataset: with `classes`; its first train.validate_images images are used.
+    dataset: with `classes`; its first train.validate_images images are used. Raises UserError where they show no class.
     """
     images, classes = _first(dataset, config.train.validate_images), len(dataset.classes)
     workers = loader_workers(config, ranks)
     matrices = score(method, images, classes, validation_plan(config), ranks, workers, config.evaluate.images_at_once)
-    return {kind: Scores(matrix).miou for (kind, _), matrix in matrices.items()}
+    scores = {kind: scores_of(matrix, config.data.val_split) for (kind, _), matrix in matrices.items()}
+    present = max(int(of_kind.present.sum()) for of_kind in scores.values())
+    return {kind: of_kind.miou for kind, of_kind in scores.items()}, present
 
 
 def evaluate(
@@ -61,7 +63,7 @@ def evaluate(
     made_of |= {"seconds": round(time.perf_counter() - started, 1), "evaluation": evaluation}
     facts = {"method": config.method, "dataset": data_name(config.data), "split": config.data.val_split}
     facts["images"], names = len(images), ("background", *dataset.classes)
-    scores = {row: Scores(matrix) for row, matrix in matrices.items()}
+    scores = {row: scores_of(matrix, config.data.val_split) for row, matrix in matrices.items()}
     rows = [
         {**settings_of(row, plan, facts), **score_entries(of_row, names), **made_of} for row, of_row in scores.items()
     ]

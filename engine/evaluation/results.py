@@ -6,10 +6,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from engine.config import DEFAULT_METHOD
 from engine.inference.plan import Plan, Row, title_of
 from utils.files import alone, replacing
 from utils.metrics import Scores
+
+
+def scores_of(matrix: np.ndarray, split: str) -> Scores:
+    """Raises UserError where the ground truth of a split shows no class: any model would get it right."""
+    if not matrix[1:].any():
+        raise UserError(f"split {split}: no pixel of a class to score, only background and ignored ones (255)")
+    return Scores(matrix)
 
 
 def score_entries(scores: Scores, names: Sequence[str]) -> dict:

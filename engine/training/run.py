@@ -129,13 +129,14 @@ class Run:
             )
         barrier()
 
-    def log_validation(self, scores: dict[str, float]) -> None:
-        """scores: mIoU (0..1) of each kind; the weights are kept if that of `best_by` is the best so far."""
+    def log_validation(self, scores: dict[str, float], present: int) -> None:
+        """scores: mIoU (0..1) of each kind over the classes present; the best weights by `best_by` are kept."""
         done, method = self.trainer.iteration, self.trainer.method
         if self.main:
-            self.writer.scalars(done - 1, scores, prefix="val/")
+            named = {f"val/{name}": value for name, value in scores.items()}
+            self.writer.scalars(done - 1, {**named, "classes_present": present})
             shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in scores.items())
-            self.logger.info("validation at %d: %s", done, shown)
+            self.logger.info("validation at %d (%d classes present): %s", done, present, shown)
             if scores[method.best_by] > self.best:
                 self.best = scores[method.best_by]
                 meta = {**self.meta, "iteration": done, "val": scores}

@@ -43,7 +43,7 @@ def train(config: RunConfig, ranks: Ranks) -> Path:
                 run.save()
             if val_set is not None and run.is_due(config.train.validate_every):
                 with run.paused():
-                    run.log_validation(validate(method, val_set, config, ranks))
+                    run.log_validation(*validate(method, val_set, config, ranks))
     return run.end()
 
 

@@ -1,7 +1,9 @@
 """The data sets as the trainer builds them: layouts, items, and every mistake a user makes with the files."""
 
 import json
+import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,6 +111,21 @@ def test_training_needs_no_masks(tiny_voc):
 def test_labels_from_masks(tiny_voc):
     with_file, from_masks = (build_train_set(config_of(tiny_voc, image_labels=source)) for source in (None, "masks"))
     assert all(torch.equal(with_file[i, 0].labels, from_masks[i, 0].labels) for i in range(8))
+
+
+@pytest.mark.parametrize(("drawn", "first", "refused"), [
+    (lambda ids, one: np.where(ids, 255, 0), "tiny_008.png: ids [0, 255], labels ['aeroplane']; so 4 of 4 masks", True),
+    (lambda ids, one: ids.clip(1) - 1, "tiny_008.png: ids [0], labels ['aeroplane']; so 4 of 4 masks", True),
+    (lambda ids, one: ids * (1 - one), "note: 1 of 4 masks hold other classes than the labels: tiny_008", False),
+    (lambda ids, one: ids + 4 * one, "note: 1 of 4 masks hold other classes than the labels: tiny_008", False),
+])
+def test_masks_that_do_not_show_what_the_labels_say(tiny_voc, caplog, monkeypatch, drawn, first, refused):
+    monkeypatch.setattr(logging.getLogger("wsss"), "propagate", True)
+    for path in (tiny_voc / "SegmentationClassAug").iterdir():
+        Image.fromarray(drawn(np.array(Image.open(path)), path.stem == "tiny_008").astype(np.uint8)).save(path)
+    with pytest.raises(UserError) if refused else nullcontext() as error:
+        build_val_set(config_of(tiny_voc))
+    assert first in (str(error.value) if refused else caplog.text)
 
 
 def test_list_forms(tiny_voc):

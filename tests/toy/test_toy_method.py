@@ -54,7 +54,9 @@ def test_training_by_epochs_with_sgd(run):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/total"] for line in lines if "train/total" in line]
     assert len(losses) == LENGTH and losses[-1] < losses[0]
-    assert [sorted(line)[2:] for line in lines if "val/regions" in line] == [["val/evidence", "val/regions"]] * 2
+    validated = [line for line in lines if "val/regions" in line]
+    assert [sorted(line)[3:] for line in validated] == [["val/evidence", "val/regions"]] * 2
+    assert all(line["classes_present"] == 5 for line in validated)
     assert (folder / "checkpoints" / "best.weights.safetensors").is_file()
 
 

@@ -1,6 +1,7 @@
 """tools/prepare_folder.py: a user's own images, tables and masks."""
 
 import json
+import os
 import shlex
 import sys
 
@@ -79,7 +80,7 @@ def test_images_masks_lists_labels(mine, capsys):
     prepare_folder.main(with_classes(mine, "--val-share", 0.5))
     config, out = printed_config(capsys.readouterr().out), mine / "out"
     train, val = build_train_set(config), build_val_set(config)
-    assert sorted(train.names + val.names) == sorted(LABELS) and len(val) == 2
+    assert val.compared() is None and sorted(train.names + val.names) == sorted(LABELS) and len(val) == 2
     assert list(train.classes) == CLASSES
     labels = {sample.name: train.labels_of(sample) for sample in train.samples}
     labels |= {item.name: item.labels for item in (val[i] for i in range(2))}
@@ -203,9 +204,9 @@ def large_id(mine):
     Image.fromarray(np.full(SIZE, 9, np.uint8)).save(mine / "masks/c.png")
 
 
-def cut_image(mine):
-    path = mine / "images/c.jpg"
-    path.write_bytes(path.read_bytes()[:-60])
+def black_and_white(mine):
+    for stem in LABELS:
+        Image.fromarray(np.where(mask_of(stem) % 255, 255, 0).astype(np.uint8)).save(mine / f"masks/{stem}.png")
 
 
 @pytest.mark.parametrize(("edit", "more", "words"), [
@@ -232,7 +233,8 @@ def cut_image(mine):
     (large_id, ("--ids", "0=background,255=ignore,1=nut,2=bolt,3=hot dog"), ("masks/c.png", "id 9", "--ids")),
     (write("masks/a.png", "broken"), (), ("masks/a.png", "cannot be read")),
     (write("images/c.jpg", "broken"), (), ("images/c.jpg", "cannot be read")),
-    (cut_image, (), ("images/c.jpg", "truncated")),
+    (black_and_white, (), ("masks/a.png: ids [0, 255], labels ['nut', 'bolt']; so 3 of 3 masks",)),
+    (lambda mine: os.truncate(mine / "images/c.jpg", 600), (), ("images/c.jpg", "truncated")),
     (write("val.txt", "a\nx\n"), ("--train-list", "val.txt", "--val-list", "val.txt"), ("val.txt", "images: x")),
     (write("val.txt", "a\n"), ("--train-list", "val.txt", "--val-list", "val.txt"), ("val.txt", "training list: a")),
     (write("val.txt", "a\n"), ("--val-list", "val.txt"), ("--train-list",)),

@@ -142,8 +142,8 @@ def test_scales_flip_and_squares():
 
 def test_validation_follows_the_training_plan():
     method, settings = FakeMethod(), config("train.validate_images=3", "data.crop_size=16", "evaluate.bkg=0.6")
-    scores = validate(method, FakeSet(6), settings, ALONE)
-    assert set(scores) == {"cam", "lam", "fused", "seg"}
+    scores, present = validate(method, FakeSet(6), settings, ALONE)
+    assert present == 3 and set(scores) == {"cam", "lam", "fused", "seg"}
     assert method.training and len(method.calls) == 3
     plain = MapPlan(side=16, bkg=0.6)
     plans = {
@@ -152,6 +152,18 @@ def test_validation_follows_the_training_plan():
     assert [call[1:] for call in method.calls] == [(plans, False)] * 3
     plan = validation_plan(settings)
     assert (plan.maps["cam"].bkg, plan.maps["lam"].bkg, plan.crf, plan.predicted) == (0.6, 0.6, None, None)
+
+
+@pytest.mark.parametrize("run", [validate, lambda *given: evaluate(*given, "weights")])
+def test_masks_without_any_class_are_no_score(run):
+    """Not one of 100 for predicting nothing."""
+    class Empty(FakeSet):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return item._replace(label_map=item.label_map // 255 * 255)
+
+    with pytest.raises(UserError, match="split val: no pixel of a class to score"):
+        run(FakeMethod(), Empty(3), config(), ALONE)
 
 
 def test_fused_is_the_product_brought_to_0_1():
