@@ -1,6 +1,6 @@
-"""One dialect for all tools that take a checkpoint: TOOL CHECKPOINT [INPUTS] [--options] [key=value ...].
+"""One dialect for all tools that take settings: TOOL CHECKPOINT [INPUTS] [--options] [key=value ...].
 
-Options are of the tool itself, key=value pairs change the config of the checkpoint.
+Options are of the tool itself, key=value pairs change the config, that of the checkpoint where there is one.
 """
 
 import argparse
@@ -36,22 +36,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help says more")
 
-
-class CheckpointParser(Parser):
-    """The parser of a tool that takes a checkpoint; it has CHECKPOINT, --config and key=value already."""
-
-    def __init__(self, text: str | None, more: str, *shared: str, nargs: str | None = None) -> None:
-        """more: of the usage line, what is the tool's own. shared: of its options, those that SHARED has.
-
-        nargs: `?` where the tool has something to do without a checkpoint.
-        """
-        first = "[CHECKPOINT]" if nargs else "CHECKPOINT"
-        super().__init__(text, usage=f"%(prog)s {first} {more}[options] [key=value ...]")
-        self.add_argument("checkpoint", metavar="CHECKPOINT", nargs=nargs, help=CHECKPOINT)
-        self.add_argument("--config", metavar="NAME", help="a config's name or file; default: the checkpoint's own")
-        for name in shared:
-            self.add_argument(f"--{name}", **SHARED[name])
-
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options, and `settings`: the key=value pairs, after those that shared options stand for.
 
@@ -67,6 +51,22 @@ class CheckpointParser(Parser):
         options.settings = [AS_SETTINGS[name].format(value) for name, value in given.items() if value]
         options.settings += pairs
         return options
+
+
+class CheckpointParser(Parser):
+    """The parser of a tool that takes a checkpoint; it has CHECKPOINT, --config and key=value already."""
+
+    def __init__(self, text: str | None, more: str, *shared: str, nargs: str | None = None) -> None:
+        """more: of the usage line, what is the tool's own. shared: of its options, those that SHARED has.
+
+        nargs: `?` where the tool has something to do without a checkpoint.
+        """
+        first = "[CHECKPOINT]" if nargs else "CHECKPOINT"
+        super().__init__(text, usage=f"%(prog)s {first} {more}[options] [key=value ...]")
+        self.add_argument("checkpoint", metavar="CHECKPOINT", nargs=nargs, help=CHECKPOINT)
+        self.add_argument("--config", metavar="NAME", help="a config's name or file; default: the checkpoint's own")
+        for name in shared:
+            self.add_argument(f"--{name}", **SHARED[name])
 
 
 def count(text: str) -> int:

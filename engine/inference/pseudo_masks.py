@@ -1,5 +1,7 @@
 """Pseudo masks for the second stage: ids with 255 where unsure, and the dictionaries of irn (Ahn et al., CVPR 2019)."""
 
+import io
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +19,15 @@ from model.multi_scale import resize
 from utils.crf import dense_crf
 from utils.errors import UserError
 from utils.files import replacing
-from utils.images import IGNORE, read_label_map, to_uint8, write_label_png
+from utils.images import IGNORE, to_uint8, write_label_png
 
 CONFIDENCE = 0.7   # [irn] probability of the label that a pixel has, where the CRF starts
 STRIDE = 4         # [irn] of `cam`
 PNG, DICTIONARY, IRN_LABEL = FORMATS = ("png", "npy", "irn-label")
 IRN_HIGH, IRN_LOW = 0.30, 0.05   # [irn] conf_fg_thres, conf_bg_thres
 IRN_CRF = {"iterations": 10, "pos_xy_std": 3, "pos_w": 3, "bi_xy_std": 50, "bi_rgb_std": 5, "bi_w": 10}   # [irn]
+IRN_NAMES = {"numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer",
+             "collections.OrderedDict", "torch._utils._rebuild_tensor_v2"}   # what arrays and tensors are made with
 
 
 class MaskFormat:
@@ -64,11 +68,6 @@ class MaskFormat:
         else:
             ids = confident_ids(maps, present, to_uint8(item.image), self.high, self.low, self.crf)
             write_label_png(path, ids)
-
-    def read(self, folder: Path, name: str, num_ids: int) -> np.ndarray:
-        """The ids uint8 (H, W) of a written file; those of a dictionary at evaluate.bkg."""
-        path = self.path_of(folder, name)
-        return irn_ids(path, self.bkg) if self.format == DICTIONARY else read_label_map(path, num_ids)
 
 
 class Exported(NamedTuple):
@@ -122,36 +121,50 @@ def confident_ids(
     return torch.where(sure > 0, sure, torch.where(possible == 0, 0, IGNORE)).byte().cpu().numpy()
 
 
-class IrnMaps(NamedTuple):
-    """What irn's make_cam writes, as a dictionary: the maps of the present classes alone.
+def save_irn(path: Path, maps: Tensor, present: Tensor) -> None:
+    """Writes what irn's make_cam writes of maps (K, H, W) and present bool (K,): a dictionary of C present classes.
 
     keys: int64 tensor (C,), classes from 0. cam: float32 tensor (C, ceil(H / 4), ceil(W / 4)). high_res: float32 array
     (C, H, W).
     """
-
-    keys: Tensor
-    cam: Tensor
-    high_res: np.ndarray
-
-
-def save_irn(path: Path, maps: Tensor, present: Tensor) -> None:
-    """Writes the `IrnMaps` of maps (K, H, W) and present bool (K,)."""
     keys, maps = present.nonzero().flatten().cpu(), maps[present].float().cpu()
     size = [-(-side // STRIDE) for side in maps.shape[-2:]]
     strided = resize(maps[None], size)[0] if len(maps) else maps.new_zeros(0, *size)
     with replacing(path) as part, open(part, "wb") as file:
-        np.save(file, IrnMaps(keys, strided.clone(), maps.numpy())._asdict(), allow_pickle=True)
+        np.save(file, {"keys": keys, "cam": strided.clone(), "high_res": maps.numpy()}, allow_pickle=True)
 
 
-def irn_ids(path: Path, bkg: float) -> np.ndarray:
-    """Ids uint8 (H, W) of a file of `save_irn`: the largest map's class, 0 where it is <= bkg.
+def irn_ids(path: Path, bkg: float, num_ids: int, size: tuple[int, int]) -> np.ndarray:
+    """Ids uint8 (H, W) of a file as irn's make_cam writes it: the largest map's class, 0 where it is <= bkg.
 
-    Reading such a file runs what it says, so it is for our own alone.
+    The maps are high_res; where there is none, cam brought to `size` (H, W). num_ids: K + 1. No code of the file runs.
+    Raises UserError, naming the file, for any other content.
     """
-    content = IrnMaps(**np.load(path, allow_pickle=True).item())
-    maps = torch.from_numpy(content.high_res)
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            content = _IrnReader(file).load().item()
+        which = "high_res" if "high_res" in content else "cam"
+        keys, maps = (torch.tensor(np.asarray(content[name])) for name in ("keys", which))
+        maps = maps.float() if which == "high_res" else resize(maps[None].float(), size)[0]
+        if keys.shape != maps.shape[:-2] or not maps.isfinite().all() or ((keys < 0) | (keys >= num_ids - 1)).any():
+            raise ValueError(f"finite maps {tuple(maps.shape)} of keys {keys.tolist()}, which are 0..{num_ids - 2}?")
+    except Exception as error:   # a broken pickle can raise anything
+        raise UserError(f"{path}: no dictionary of keys and high_res or cam, as irn's ({error!r})") from None
     ids = threshold(maps, torch.ones(len(maps), dtype=torch.bool), bkg)
-    return np.array([0, *(content.keys + 1)], np.uint8)[ids]
+    return np.array([0, *(keys + 1)], np.uint8)[ids]
+
+
+class _IrnReader(pickle.Unpickler):
+    """Knows what arrays and tensors are made with, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda data: torch.load(io.BytesIO(data), "cpu", weights_only=True)
+        if f"{module}.{name}".replace("numpy._core", "numpy.core") not in IRN_NAMES:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
 
 
 def check_thresholds(high: float, low: float) -> None:
