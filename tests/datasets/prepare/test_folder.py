@@ -171,7 +171,7 @@ def test_a_second_call_and_the_choice_of_val(mine, capsys):
     prepare_folder.main([str(mine / "out"), "--verify", "--workers", "1"])
 
 
-def test_what_gave_up_gives_way_to_other_settings(mine):
+def test_what_gave_up_gives_way_to_other_settings(mine, capsys):
     """A first call with the wrong ids fails halfway; the right one need not be in another folder."""
     Image.fromarray(np.full(SIZE, 9, np.uint8)).save(mine / "masks/c.png")
     with pytest.raises(UserError, match=r"c\.png: mask holds id 9"):
@@ -179,6 +179,7 @@ def test_what_gave_up_gives_way_to_other_settings(mine):
     assert list((mine / "out/JPEGImages").iterdir()), "it was halfway"
     prepare_folder.main(arguments(mine, "--ids", "0=background,1=nut,2=bolt,3=hot dog,9=ignore,255=ignore"))
     assert (ids(mine / "out/SegmentationClassAug/c.png") == 255).all()
+    assert "note: 1 of 4 masks hold other classes than the labels: c\n" in capsys.readouterr().out
     prepare_folder.main([str(mine / "out"), "--verify", "--workers", "1"])
     with pytest.raises(UserError, match="prepared with other settings ids, {.* instead of null; name another"):
         prepare_folder.main(with_classes(mine))
