@@ -9,8 +9,8 @@ As a program (the run_*.sh launchers call it):
 
 As a module: scripts end with `if __name__ == "__main__": run_script(main)`.
 
-Exit code: 2 for a user's mistake, 130 or 143 after Ctrl-C or a termination, otherwise that of the first process
-that failed.
+Exit code: 2 for a user's mistake, 130, 143 or 129 after Ctrl-C, a termination or a hang-up, otherwise that of the first
+process that failed. Under nohup a hang-up changes nothing.
 """
 
 import contextlib
@@ -29,9 +29,11 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.offline import is_offline
+from utils.processes import end_with
 
 ERROR_FILE = "WSSS_ERROR_FILE"  # names the file that takes the first mistake of all processes
 DEVICE = "WSSS_DEVICE"  # cpu or cuda
+LAUNCHER = "WSSS_LAUNCHER"  # its process id, for the processes it starts
 USER_ERROR_CODE = 2
 
 
@@ -41,7 +43,10 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     A UserError, also one that a DataLoader worker passed on, ends the process with code 2 and no traceback: its line
     goes to the launcher, or to stderr where there is none. So does an OSError about a file. Every other exception stays
     as it is, unless another process has made a mistake already: then this one fell over its absence, and says nothing.
+    The process ends with its launcher, even with a killed one.
     """
+    if LAUNCHER in os.environ:
+        end_with(int(os.environ.pop(LAUNCHER)))   # not for what this process starts
     try:
         check_checkout(Path(sys.argv[0]))
         main(sys.argv[1:])
@@ -167,6 +172,7 @@ def environment(ids: list[int] | None, count: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     return {
         DEVICE: "cpu" if ids is None else "cuda",
+        LAUNCHER: str(os.getpid()),
         "CUDA_VISIBLE_DEVICES": ",".join(visible[i] if visible else str(i) for i in ids or ()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
         **({"HF_HUB_OFFLINE": "1"} if is_offline() else {}),   # for timm's weights
@@ -174,13 +180,15 @@ def environment(ids: list[int] | None, count: int) -> dict[str, str]:
 
 
 def launch(script: Path, count: int, port: int, arguments: Sequence[str]) -> int:
-    """Runs the script on `count` processes and waits; the exit code. Ctrl-C and SIGTERM end the processes too."""
+    """Runs the script on `count` processes and waits; the exit code. Ctrl-C, SIGTERM, SIGHUP end the processes."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = ["--nnodes", "1", "--nproc-per-node", str(count), "--master-addr", "127.0.0.1"]
-    options += ["--master-port", str(port), str(script), *arguments]
+    handled = ["SIGTERM", "SIGINT", "SIGQUIT"]   # torchrun would handle SIGHUP also where nohup has it ignored
+    handled += ["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    options += ["--signals-to-handle", ",".join(handled), "--master-port", str(port), str(script), *arguments]
     logging.disable(logging.CRITICAL)  # of the launcher alone: the processes say themselves what is wrong
     with tempfile.TemporaryDirectory(prefix="wsss-") as folder:
         mistake = Path(folder) / "error"

@@ -11,7 +11,6 @@ missing or differs.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -32,12 +31,12 @@ import torch
 from datasets.prepare.sources import Blob, Source
 from utils.errors import UserError
 from utils.files import FRESH, ROOT, hash_of, naming, replacing
+from utils.processes import end_with
 from utils.progress import progress_bar
 
 VERSION = 1  # of the tools: raise it when the files they make change
 MANIFEST, JOURNAL, UNPACKED = "manifest.json", ".preparing.jsonl", ".*.tar"
 WAITING = 4  # results a process may be ahead
-PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
 class Task(NamedTuple):
@@ -214,9 +213,7 @@ def _pooled(function: Callable[[Any], Any], items: Iterable, workers: int) -> It
 
 def _tie(parent: int) -> None:
     """A worker ends with its parent, even a killed one, whose lock it shares; Ctrl-C is the parent's to handle."""
-    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,6 +1,7 @@
 """engine/launch.py and the launchers, with small scripts in place of the real ones."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -56,7 +57,7 @@ def house(tmp_path):
     root = tmp_path / "house"
     for folder in ("engine", "utils", "scripts", "tools"):
         (root / folder).mkdir(parents=True)
-    utils = ("errors.py", "files.py", "offline.py", "python.sh")
+    utils = ("errors.py", "files.py", "offline.py", "processes.py", "python.sh")
     needed = [ROOT / "engine/launch.py", *(ROOT / "utils" / name for name in utils)]
     for path in (*ROOT.glob("run_*.sh"), *needed):
         shutil.copy(path, root / path.relative_to(ROOT))
@@ -148,16 +149,31 @@ def test_a_killed_process_is_named(house):
     assert (process.returncode, error) == (137, "process 0 was killed by SIGKILL\n")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_processes(house, number, code):
+@pytest.mark.parametrize("number, code, ignored", [
+    (signal.SIGTERM, 143, True), (signal.SIGINT, 130, False), (signal.SIGHUP, 129, False),
+])
+def test_a_signal_ends_the_processes(house, number, code, ignored):
+    """ignored: whether a hang-up is, as nohup has it: then it stays so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     process = launch_script(house, "sleep", count=2)
+    signal.signal(signal.SIGHUP, before)
     children = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+    for one in (process.pid, *children):
+        ignores = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{one}/status").read_text())[1]
+        assert int(ignores, 16) & 1 == ignored   # the lowest bit is of signal 1, SIGHUP
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (code, "\ninterrupted; resume=auto goes on from the last checkpoint\n")
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
+
+
+def test_the_processes_of_a_killed_launcher_end(house):
+    process = launch_script(house, "sleep")
+    process.stdout.readline()
+    process.kill()
+    assert process.communicate(timeout=20) == ("", "")   # nobody holds the pipes
 
 
 def test_a_port_in_use(house):
