@@ -14,6 +14,7 @@ from datasets.voc import CLASSES
 from engine.checkpoints.files import WEIGHTS, save_weights
 from engine.config import load_config, portable
 from model import build_method
+from scripts import train_voc
 
 ROOT = Path(__file__).resolve().parents[1]
 ITERATIONS = 6
@@ -58,6 +59,15 @@ def _run(module: str, arguments: list[str], stdout: Path, stderr: Path) -> None:
     os.environ[DEVICE] = "cpu"
     sys.argv = [module, *arguments]
     run_script(importlib.import_module(module).main)
+
+
+def train_toy(root: Path, output: Path, *more: str) -> None:
+    """The method of tests/toy for 3 epochs, 6 iterations, in this process; to be registered by the test."""
+    train_voc.main([
+        "method=toy", "tag=toy", f"data.root={root}", f"output={output}", "model.weights=random", "data.crop_size=32",
+        "data.workers=0", "train.log_every=1", "train.checkpoint_every=2", "train.picture_every=3",
+        "train.validate_every=4", *more,
+    ])
 
 
 def last_weights(run: Path, iteration: int = ITERATIONS) -> Path:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from model.backbones.start_weights import check_keys
 from model.method import Released
 from utils.errors import UserError
 from utils.files import replacing
+from utils.log import NAME
 
 STATE = "iter_{:06d}.state.pt"
 WEIGHTS = "iter_{:06d}.weights.safetensors"
@@ -47,7 +49,7 @@ def save_weights(path: str | os.PathLike, method: nn.Module, meta: dict) -> None
     """Writes the method's weights; `meta` goes into the header.
 
     meta: JSON values. Those of a training are method, classes, config (the tag), settings (the resolved config,
-    `engine.config.portable`), iterations (of the whole training), iteration and, of the best weights, val.
+    `engine.config.portable`), iterations (of all the training), train_images, iteration and, of the best weights, val.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in method.state_dict().items()}
     with replacing(path) as part:
@@ -156,35 +158,68 @@ def _naming_what_it_is(path: str | os.PathLike) -> Iterator[None]:
 
 
 def best_score(folder: Path, kind: str) -> float:
-    """The validation score of a kind of map of the best weights so far, -inf where there are none."""
+    """The validation score of a kind of map of the best weights so far, -inf where there are none. Raises UserError."""
     path = folder / BEST
-    return read_meta(path)["val"][kind] if path.is_file() else -math.inf
+    if not path.is_file():
+        return -math.inf
+    score = read_meta(path).get("val", {}).get(kind)
+    if score is None:
+        raise UserError(f"{path}: holds no validation score of '{kind}', so is none of this run: move it away")
+    return score
 
 
 def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> None:
-    """Writes weights and state after `iteration` steps; earlier states go, their weights stay."""
+    """Writes weights and state after `iteration` steps; then earlier states go, their weights stay."""
     save_weights(folder / WEIGHTS.format(iteration), method, {**meta, "iteration": iteration})
     state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__}
     with replacing(folder / STATE.format(iteration)) as part:
         torch.save(state, part)
+    for name in (WEIGHTS, STATE):
+        with open(folder / name.format(iteration), "rb") as file:
+            os.fsync(file.fileno())   # after a loss of power one pair is whole, too
     for path in folder.glob("iter_*.state.pt"):
         if path.name != STATE.format(iteration):
             path.unlink()
 
 
 def newest_state(folder: Path) -> dict | None:
-    """The newest state in `folder` that has its weights: `iteration`, the iterations done, and `optimizer`."""
-    states = sorted(folder.glob("iter_*.state.pt"), key=lambda p: int(re.findall(r"\d+", p.name)[0]), reverse=True)
-    for path in states:
-        if path.with_name(path.name.replace(".state.pt", ".weights.safetensors")).is_file():
-            return torch.load(path, map_location="cpu", weights_only=True)
+    """The newest whole state in `folder` with whole weights: `iteration`, the iterations done, and `optimizer`.
+
+    None where there are neither states nor weights. Raises UserError where none is whole, which is no reason to begin
+    anew.
+    """
+    states = {int(re.findall(r"\d+", path.name)[0]): path for path in folder.glob("iter_*.state.pt")}
+    faults = [f"{folder}: holds weights, but no state"] if any(folder.glob("*.weights.safetensors")) else []
+    for iteration, path in sorted(states.items(), reverse=True):
+        try:
+            return _read_state(path, iteration)
+        except UserError as error:
+            faults.append(str(error))
+            logging.getLogger(NAME).warning("%s; an earlier state is taken, if one is whole", error)
+    if faults:
+        raise UserError(f"{faults[-1]}: there is nothing whole to go on with; put it back, or begin with another tag")
     return None
 
 
+def _read_state(path: Path, iteration: int) -> dict:
+    read_meta(path.with_name(WEIGHTS.format(iteration)))   # raises where they are missing or cut
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:   # whatever a file that was cut, or is another, makes of it
+        raise UserError(f"{path}: not a readable state ({str(error).partition('.')[0] or 'empty'})") from None
+    if not isinstance(state, dict) or state.get("iteration") != iteration or "optimizer" not in state:
+        raise UserError(f"{path}: not the state of iteration {iteration}")
+    return state
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Takes moments and step counts from a state; rates and the like are what the config says now."""
-    kind, wanted = state.get("kind", "AdamW"), type(optimizer).__name__   # earlier states are of AdamW
-    if kind != wanted:
-        raise UserError(f"train.optimizer: the run was made with {kind}, not {wanted}: give its own, or another tag")
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+    """Takes moments and step counts from a state; rates and the like are what the config says now. Raises UserError."""
+    groups, theirs = optimizer.state_dict()["param_groups"], state["optimizer"]
+    fits = state.get("kind", "AdamW") == type(optimizer).__name__   # earlier states are of AdamW
+    fits &= [len(group["params"]) for group in groups] == [len(group["params"]) for group in theirs["param_groups"]]
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    kept = ((shapes[i], value) for i, values in theirs["state"].items() for value in values.values())
+    if not fits or any(isinstance(value, Tensor) and value.dim() and value.shape != shape for shape, value in kept):
+        name = STATE.format(state["iteration"])
+        raise UserError(f"{name} is of another network or optimizer: give the run's own, or another tag")
+    optimizer.load_state_dict({"state": theirs["state"], "param_groups": groups})

@@ -1,8 +1,9 @@
 """The folder of a run: its log, metrics, pictures, checkpoints and the best weights so far."""
 
+import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,17 +12,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from datasets import TrainSet
 from engine.checkpoints import files
 from engine.checkpoints.start_weights import load_start_weights
 from engine.config import RunConfig, portable
-from engine.distributed import Ranks, all_reduce_sum, barrier, peak_memory
+from engine.distributed import Ranks, all_reduce_sum, barrier, gather, peak_memory
 from engine.inference.pictures import training_picture
 from engine.provenance import save_provenance
+from engine.training.resume import check_same_run
 from engine.training.step import Trainer
 from model.method import Method
 from utils.batch import Batch
 from utils.errors import UserError
-from utils.log import MetricsWriter, setup_logger
+from utils.log import MetricsWriter, read_metrics, setup_logger
+from utils.processes import lock
 from utils.progress import progress_bar
 
 
@@ -39,21 +43,31 @@ class Run:
         self.config, self.ranks, self.main = config, ranks, ranks.rank == 0
         self.folder = Path(config.output) / config.tag
         self.checkpoints = self.folder / "checkpoints"
-        if config.resume is None and any(self.checkpoints.glob("iter_*.state.pt")):
-            raise UserError(f"{self.folder} holds a run already: continue it with resume=auto, or give another tag")
         self.logger = setup_logger(self.folder / "train.log", main=self.main)
-        self.period = _Period()
+        self.lock = lock(self.folder) if self.main else None
+        kept = [*self.checkpoints.glob("*.state.pt"), *self.checkpoints.glob("*.weights.safetensors")]
+        if config.resume is None and kept:
+            raise UserError(f"{self.folder} holds a run already: continue it with resume=auto, or give another tag")
+        self.period, self.metrics = _Period(), self.folder / "metrics.jsonl"
 
-    def begin(self, method: Method, classes: Sequence[str]) -> dict | None:
+    def begin(self, method: Method, train_set: TrainSet) -> dict | None:
         """Loads the weights the run goes on with, or starts from; returns the state of the run it goes on with."""
-        self.classes, state = list(classes), None
+        self.classes, state = list(train_set.classes), None
+        digest = hashlib.sha256("\n".join(train_set.names).encode()).hexdigest()
+        self.images = {"count": len(train_set), "sha256": digest}
         if self.config.resume == "auto":
             state = files.newest_state(self.checkpoints)
+            if len(set(gather(state and state["iteration"]))) > 1:
+                raise UserError(f"{self.checkpoints}: the processes see different files there: start again")
         if state is None:
+            if self.metrics.is_file() or self.config.resume == "auto":
+                self.logger.info("no checkpoint in %s: the run begins anew, and its metrics", self.folder)
             load_start_weights(method, self.config.model)
         else:
             weights = self.checkpoints / files.WEIGHTS.format(state["iteration"])
-            files.check_classes(weights, classes)
+            files.check_classes(weights, self.classes)
+            changed = check_same_run(weights, self.config, self.images)
+            self.changed = changed and f"; changed: {changed}"
             files.load_weights(weights, method)
         return state
 
@@ -61,11 +75,13 @@ class Run:
         """Takes the trainer, which goes on from `state`, and opens the files of the run."""
         self.trainer, self.best = trainer, -math.inf
         if state is not None:
+            if (done := state["iteration"]) > trainer.length:
+                raise UserError(f"{self.folder}: {done} iterations are done: give train.iterations={done} or more")
             files.load_optimizer(trainer.optimizer, state)
             trainer.iteration = state["iteration"]
             self.best = files.best_score(self.checkpoints, trainer.method.best_by)
         self.meta = {"method": self.config.method, "classes": self.classes, "config": self.config.tag}
-        self.meta |= {"settings": portable(self.config), "iterations": trainer.length}
+        self.meta |= {"settings": portable(self.config), "iterations": trainer.length, "train_images": self.images}
         if self.main:
             save_provenance(self.config, self.folder)
             self.writer = MetricsWriter(self.folder, start=trainer.iteration)
@@ -82,7 +98,14 @@ class Run:
         facts = batch, world, batch // world, self.ranks.device, config.train.lr, config.train.precision
         self.logger.info("global batch %d = %d process(es) x %d on %s, lr %.3g, %s", *facts)
         if self.trainer.iteration:
-            self.logger.info("resumed after iteration %d", self.trainer.iteration)
+            self.logger.info("resumed after iteration %d%s", self.trainer.iteration, self.changed)
+
+    def lacks_validation(self) -> bool:
+        """Whether the run goes on from an iteration that was to be validated, and ended before that was done."""
+        lines = read_metrics(self.metrics) if self.main and self.trainer.iteration else []
+        name = f"val/{self.trainer.method.best_by}"
+        done = any(line["iteration"] == self.trainer.iteration - 1 and name in line for line in lines)
+        return gather(self.trainer.iteration > 0 and not done and self.is_due(self.config.train.validate_every))[0]
 
     def progress(self, loader: DataLoader) -> tqdm:
         """The batches with a bar; to be closed, so that a message of an error starts on a line of its own."""
@@ -121,8 +144,20 @@ class Run:
             picture = training_picture(self.trainer.method, batch, self.classes, self.config)
             self.writer.image(self.trainer.iteration - 1, "maps", picture)
 
+    def check_finite(self) -> None:
+        """Raises UserError where a parameter, or what the optimizer keeps of it, is not finite: no such thing is saved.
+
+        A gradient that is not finite leaves one behind, on every process, and no later step mends it.
+        """
+        where = f"is not finite at iteration {self.trainer.iteration}; the checkpoints stay"
+        for name, parameter in self.trainer.method.named_parameters():
+            kept = self.trainer.optimizer.state.get(parameter, {}).values()
+            if not all(value.isfinite().all() for value in (parameter, *kept) if isinstance(value, Tensor)):
+                raise UserError(f"{self.folder}: parameter {name} {where}")
+
     def save(self) -> None:
-        """Weights and state of this iteration."""
+        """Weights and state of this iteration. Raises UserError where they are not finite."""
+        self.check_finite()
         if self.main:
             files.save_state(
                 self.checkpoints, self.trainer.iteration, self.trainer.method, self.trainer.optimizer, self.meta
@@ -133,14 +168,14 @@ class Run:
         """scores: mIoU (0..1) of each kind over the classes present; the best weights by `best_by` are kept."""
         done, method = self.trainer.iteration, self.trainer.method
         if self.main:
-            named = {f"val/{name}": value for name, value in scores.items()}
-            self.writer.scalars(done - 1, {**named, "classes_present": present})
             shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in scores.items())
             self.logger.info("validation at %d (%d classes present): %s", done, present, shown)
             if scores[method.best_by] > self.best:
                 self.best = scores[method.best_by]
                 meta = {**self.meta, "iteration": done, "val": scores}
                 files.save_weights(self.checkpoints / files.BEST, method, meta)
+            named = {f"val/{name}": value for name, value in scores.items()}   # last: the validation is done
+            self.writer.scalars(done - 1, {**named, "classes_present": present})
         barrier()
 
     @contextmanager

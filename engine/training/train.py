@@ -1,5 +1,6 @@
 """The training of a run, from its config to its end."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from engine.training.run import Run
 from engine.training.sampler import GlobalBatches, used_images
 from engine.training.step import Trainer
 from model import build_method
+from utils.processes import end_with
 
 
 def train(config: RunConfig, ranks: Ranks) -> Path:
@@ -26,11 +28,13 @@ def train(config: RunConfig, ranks: Ranks) -> Path:
     val_set = build_val_set(config) if config.data.val_split else None
     torch.manual_seed(config.seed % 2**63)
     method = build_method(config, len(train_set.classes)).to(ranks.device)
-    state = run.begin(method, train_set.classes)
+    state = run.begin(method, train_set)
     trainer = Trainer(method, config, ranks, training_length(config.train, len(train_set)))
     run.attach(trainer, state)
     del state   # as large as two copies of the weights
     run.describe(train_set, val_set)
+    if val_set is not None and run.lacks_validation():
+        _validate(run, val_set)
     with run.progress(_loader(train_set, trainer)) as batches:
         for batch in batches:
             batch = batch.to(ranks.device)
@@ -42,9 +46,14 @@ def train(config: RunConfig, ranks: Ranks) -> Path:
             if run.is_due(config.train.checkpoint_every):
                 run.save()
             if val_set is not None and run.is_due(config.train.validate_every):
-                with run.paused():
-                    run.log_validation(*validate(method, val_set, config, ranks))
+                _validate(run, val_set)
     return run.end()
+
+
+def _validate(run: Run, val_set: Dataset) -> None:
+    run.check_finite()
+    with run.paused():
+        run.log_validation(*validate(run.trainer.method, val_set, run.config, run.ranks))
 
 
 def training_length(train: Train, images: int) -> int:
@@ -59,5 +68,9 @@ def _loader(train_set: Dataset, trainer: Trainer) -> DataLoader:
     )
     return DataLoader(
         train_set, batch_sampler=batches, collate_fn=collate_train, num_workers=loader_workers(config, ranks),
-        pin_memory=ranks.device.type == "cuda",
+        pin_memory=ranks.device.type == "cuda", worker_init_fn=_tie,
     )
+
+
+def _tie(worker: int) -> None:
+    end_with(os.getppid())   # also where its process is killed

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from engine.checkpoints.hub import HubMethod
 from engine.checkpoints.opening import open_checkpoint
 from model import METHODS
-from scripts import train_voc
 from tests import tiny
 from tests.toy import method
 from tools import export_masks, infer_voc, make_report, predict, release
@@ -33,16 +32,8 @@ def run(make_tiny_voc, tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     root = make_tiny_voc(folder)
     METHODS["toy"] = method.Toy
-    train(root, folder / "runs")
+    tiny.train_toy(root, folder / "runs")
     return root, folder / "runs" / "toy"
-
-
-def train(root: Path, output: Path, *more: str) -> None:
-    train_voc.main([
-        "method=toy", "tag=toy", f"data.root={root}", f"output={output}", "model.weights=random", "data.crop_size=32",
-        "data.workers=0", "train.log_every=1", "train.checkpoint_every=2", "train.picture_every=3",
-        "train.validate_every=4", *more,
-    ])
 
 
 def weights(run: Path) -> Path:
@@ -72,9 +63,9 @@ def test_resume_is_exact(run, tmp_path, monkeypatch):
     losses = method.Toy.losses
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(method.Toy, "losses", stopped)
-        train(root, tmp_path)
+        tiny.train_toy(root, tmp_path)
     assert not weights(tmp_path / "toy").exists()
-    train(root, tmp_path, "resume=auto")
+    tiny.train_toy(root, tmp_path, "resume=auto")
     ours, theirs = load_file(weights(tmp_path / "toy")), load_file(weights(folder))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -49,6 +49,19 @@ def test_the_weighted_sum_is_minimised():
     assert not any(term.requires_grad for term in terms.values())
 
 
+def test_draws_follow_from_iteration_and_rank(monkeypatch):
+    """The same after a restart, others on another process and in another iteration."""
+    monkeypatch.setattr(TwoTerms, "losses", lambda self, *_: {"one": self.x * 0 + torch.rand(())})
+
+    def draws(rank, start):
+        training = trainer({"one": 1.0})
+        training.ranks, training.iteration = training.ranks._replace(rank=rank), start
+        return [training.step(BATCH)["one"].item() for _ in range(start, 4)]
+
+    first = draws(0, 0)
+    assert draws(0, 2) == first[2:] and len({*first, *draws(1, 0)}) == 8
+
+
 def test_a_term_without_a_weight_is_named():
     with pytest.raises(UserError, match=r"'three' has no weight: add it to loss\.weights"):
         trainer({"one": 1.0}).step(BATCH)

@@ -1,0 +1,139 @@
+"""A run that was stopped goes on from something whole and as what it was, or says in one line why not."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from engine.checkpoints.files import read_meta
+from engine.training import train
+from engine.training.step import Trainer
+from tests import tiny
+from tests.toy import method
+from utils.config import read_yaml
+from utils.errors import UserError
+from utils.log import read_metrics
+
+STATE, WEIGHTS, BEST = "iter_000006.state.pt", "iter_000006.weights.safetensors", "best.weights.safetensors"
+HOLD = "import sys, pathlib, utils.processes as p; f = p.lock(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+
+
+@pytest.fixture(scope="module")
+def root(make_tiny_voc, tmp_path_factory):
+    return make_tiny_voc(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs")
+    tiny.train_toy(root, output)
+    return output / "toy"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(finished, tmp_path / "toy")
+
+
+def other_shape(folder):
+    state = torch.load(folder / STATE)
+    state["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2, 2)
+    torch.save(state, folder / STATE)
+
+
+@pytest.mark.parametrize("fault, words", [
+    (lambda folder: (folder / STATE).write_bytes((folder / STATE).read_bytes()[:300]), f"{STATE}: not a readable"),
+    (lambda folder: (folder / STATE).write_bytes(b""), f"{STATE}: not a readable state .empty.: .* another tag"),
+    (lambda folder: (folder / STATE).rename(folder / "iter_000007.state.pt"), "iter_000007.weights.*: no such"),
+    (other_shape, f"{STATE} is of another network"),
+    (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS}: no such checkpoint: .* another tag"),
+    (lambda folder: (folder / WEIGHTS).write_bytes(b"cut"), f"{WEIGHTS}: not a readable"),
+    (lambda folder: (folder / STATE).unlink(), "holds weights, but no state"),
+    (lambda folder: [path.unlink() for path in folder.glob("iter_*")], "holds weights, but no state"),
+    (lambda folder: shutil.copy(folder / WEIGHTS, folder / BEST), f"{BEST}: holds no validation score of 'regions'"),
+])
+def test_what_is_not_whole_is_named_and_left_alone(root, run, fault, words):
+    fault(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("[!.]*.[!l]*") if path.is_file()}   # not the log
+    with pytest.raises(UserError, match=words):
+        tiny.train_toy(root, run.parent, "resume=auto")
+    with pytest.raises(UserError, match="holds a run already"):
+        tiny.train_toy(root, run.parent)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("override, words", [
+    ("train.batch_size=8", "train.batch_size = 8, was 4"),
+    ("seed=1", "seed = 1, was 0"),
+    ("data.crop_size=64", "data.crop_size = 64, was 32"),
+    ("data.train_split=val", "data.train_split = val, was train_aug; 4 training images of another list, were 8"),
+    ("train.iterations=4", "6 iterations are done: give train.iterations=6 or more"),
+])
+def test_another_run_is_refused(root, run, override, words):
+    with pytest.raises(UserError, match=words):
+        tiny.train_toy(root, run.parent, "resume=auto", override)
+    assert read_yaml(run / "config.yaml")["train"]["batch_size"] == "4"
+
+
+def test_an_earlier_pair_is_taken_and_changes_are_said(root, run):
+    for name in (STATE, WEIGHTS):   # a copy is the state of another iteration
+        shutil.copy(run / "checkpoints" / name, run / "checkpoints" / name.replace("6", "7"))
+    tiny.train_toy(root, run.parent, "resume=auto", "train.iterations=7", "train.log_every=5", "evaluate.bkg=0.4")
+    log = (run / "train.log").read_text()
+    assert "iter_000007.state.pt: not the state of iteration 7; an " in log and "after iteration 6; changed: " in log
+    assert "train.iterations = 7, was null" in log and "evaluate.bkg = 0.4, was 0.5" in log
+    assert read_yaml(run / "config.yaml")["train"]["iterations"] == "7"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_validation_that_was_cut_off_is_made_up(root, finished, tmp_path, monkeypatch, number):
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        done = iter([train.validate] * (number - 1))
+        patch.setattr(train, "validate", lambda *arguments: next(done)(*arguments))
+        tiny.train_toy(root, tmp_path)
+    tiny.train_toy(root, tmp_path, "resume=auto")
+    found, expected = (
+        ([(line["iteration"], line.get("val/regions")) for line in read_metrics(folder / "metrics.jsonl")],
+         {name: read_meta(folder / "checkpoints" / BEST)[name] for name in ("val", "iteration")})
+        for folder in (tmp_path / "toy", finished)
+    )   # fmt: skip
+    assert found == expected and len(found[0]) == 8
+
+
+@pytest.mark.parametrize("every, kept", [(2, ["iter_000002.state.pt", "iter_000002.weights.safetensors"]), (9, [])])
+def test_what_is_not_finite_is_never_kept(root, tmp_path, monkeypatch, every, kept):
+    """The fourth step, of a checkpoint and a validation, has finite losses and one gradient that is not."""
+    def losses(self, batch, iteration):
+        terms = right(self, batch, iteration)
+        return {**terms, "area": terms["area"] + (self.head.bias[0] * 0).abs().sqrt()} if iteration == 3 else terms
+
+    right = method.Toy.losses
+    monkeypatch.setattr(method.Toy, "losses", losses)
+    with pytest.raises(UserError, match="parameter head.bias is not finite at iteration 4; the checkpoints stay"):
+        tiny.train_toy(root, tmp_path, f"train.checkpoint_every={every}")
+    assert sorted(path.name for path in (tmp_path / "toy").glob("checkpoints/*")) == kept
+
+
+@pytest.mark.parametrize("loads", ["engine.training.run.load_start_weights", "engine.checkpoints.files.load_weights"])
+def test_weights_are_loaded_before_the_processes_share_them(root, run, monkeypatch, loads):
+    """DDP gives every process the first one's parameters when it wraps them, and never again."""
+    order = []
+    monkeypatch.setattr(loads, lambda *arguments: order.append("weights"))
+    monkeypatch.setattr(train, "Trainer", lambda *arguments: order.append("DDP") or Trainer(*arguments))
+    tiny.train_toy(root, run.parent, "tag=new" if "start" in loads else "resume=auto")
+    assert order == ["weights", "DDP"]
+
+
+def test_one_training_at_a_time_and_nothing_to_resume(root, tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "toy")]
+    other = subprocess.Popen(command, cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(UserError, match=f"toy: process {other.pid} of .* trains here"):
+        tiny.train_toy(root, tmp_path, "resume=auto")
+    other.kill()
+    other.communicate()
+    tiny.train_toy(root, tmp_path, "resume=auto", "train.iterations=1", "data.val_split=null")
+    assert "no checkpoint in " in (tmp_path / "toy" / "train.log").read_text()
