@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.config import DEFAULT_METHOD
 from engine.inference.plan import Plan, Row, title_of
+from utils.errors import UserError
 from utils.files import alone, replacing
 from utils.metrics import Scores
 
