@@ -174,9 +174,6 @@ def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch
     state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__}
     with replacing(folder / STATE.format(iteration)) as part:
         torch.save(state, part)
-    for name in (WEIGHTS, STATE):
-        with open(folder / name.format(iteration), "rb") as file:
-            os.fsync(file.fileno())   # after a loss of power one pair is whole, too
     for path in folder.glob("iter_*.state.pt"):
         if path.name != STATE.format(iteration):
             path.unlink()

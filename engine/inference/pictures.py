@@ -78,7 +78,7 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
     """Writes uint8 (H, W, 3) in the format of the name's ending; makes the folder."""
     file = io.BytesIO()   # PIL itself would take no notice of a file that is cut short by a full disk
     Image.fromarray(picture).save(file, Image.registered_extensions()[path.suffix.lower()], quality=90)
-    with replacing(path) as part:
+    with replacing(path, durable=False) as part:
         part.write_bytes(file.getvalue())
 
 
