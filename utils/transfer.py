@@ -160,10 +160,15 @@ def _read(response: http.client.HTTPResponse) -> bytes:
         raise _Passing(f"the connection broke ({_reason(error)})") from None
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def http_error_308(self, request, answer, code, *rest):   # Python 3.10 follows none
+        return self.http_error_302(request, answer, 307, *rest)
+
+
 def _ask(url: str, headers: dict[str, str], part: Path, stall: float) -> http.client.HTTPResponse:
     """The response; _Passing for what may pass, UserError for what will not."""
     try:
-        opener = urllib.request.build_opener()   # with the proxies of now
+        opener = urllib.request.build_opener(_Redirects)   # with the proxies of now
         return opener.open(urllib.request.Request(url, headers=headers), timeout=stall)
     except urllib.error.HTTPError as error:
         error.close()
