@@ -26,18 +26,13 @@ def gaussian(features: Tensor) -> Tensor:
     return torch.exp(-(torch.cdist(features, features) ** 2) / 2)
 
 
-def lifted(feature: list[float]) -> list[float]:
-    """D features -> the D + 1 coordinates of the lattice's space, which sum to 0."""
-    d = len(feature)
-    # the paper's basis E, scaled for variance 1; summed from the last on, so that ties (x = 0) stay exact ties
-    c = [v * math.sqrt(2 / 3) * (d + 1) / math.sqrt((j + 1) * (j + 2)) for j, v in enumerate(feature)]
-    return [sum(reversed(c[i:])) - (i * c[i - 1] if i else 0) for i in range(d + 1)]
-
-
 def simplex(feature: list[float]) -> list[tuple[tuple[int, ...], float]]:
     """The D + 1 vertices around a feature, as (coordinates, barycentric weight)."""
     d = len(feature)
-    x = lifted(feature)
+    # Lifted to d + 1 coordinates that sum to 0, by the paper's basis E, scaled for variance 1; summed from the last on,
+    # so that ties (x = 0) stay exact ties.
+    c = [v * math.sqrt(2 / 3) * (d + 1) / math.sqrt((j + 1) * (j + 2)) for j, v in enumerate(feature)]
+    x = [sum(reversed(c[i:])) - (i * c[i - 1] if i else 0) for i in range(d + 1)]
     near = [round(value / (d + 1)) * (d + 1) for value in x]
     order = sorted(range(d + 1), key=lambda i: near[i] - x[i])  # largest rest first
     excess = sum(near) // (d + 1)

@@ -1,5 +1,6 @@
 """Compilation on first use: by one process, behind a lock; plain PyTorch and one warning when it cannot be done."""
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -76,7 +77,18 @@ def test_the_library_is_named_after_all_sources(tmp_path, monkeypatch):
         path.write_bytes(text)
 
 
-FALLBACK = """
+def filtered(images, maps):
+    """The filter of float32 and of float64 maps, each with its gradient."""
+    found = []
+    for m in (maps, maps.double()):
+        m = m.requires_grad_()
+        out = bilateral_filter(images, m, 15, 20)
+        out.square().sum().backward()
+        found += [out.detach(), m.grad]
+    return found
+
+
+FALLBACK = inspect.getsource(filtered) + """
 import sys
 import warnings
 import torch
@@ -85,14 +97,9 @@ sys.path.insert(0, sys.argv[1])
 from bilateralfilter import DenseCRF, _extension, bilateral_filter
 
 images, maps, prob = torch.load(sys.argv[2])
-outs = []
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for m in (maps, maps.double()):
-        m = m.requires_grad_()
-        out = bilateral_filter(images, m, 15, 20)
-        out.square().sum().backward()
-        outs += [out.detach(), m.grad]
+    outs = filtered(images, maps)
     outs += [DenseCRF(iterations=3)(images, prob), DenseCRF(iterations=3, compatibility=-torch.eye(3))(images, prob)]
     compiled = torch.compile(bilateral_filter, fullgraph=True, backend="aot_eager")
     outs.append(compiled(images, maps, 15.0, 20.0).detach())
@@ -117,12 +124,7 @@ def test_falls_back_on_plain_pytorch_with_one_warning(tmp_path):
     assert len(warned) == 1
     assert "slow plain PyTorch on cpu: no C++ compiler (no-such-compiler is not on PATH)" in warned[0]
 
-    expected = []
-    for m in (maps, maps.double()):
-        m = m.requires_grad_()
-        out = bilateral_filter(images, m, 15, 20)
-        out.square().sum().backward()
-        expected += [out.detach(), m.grad]
+    expected = filtered(images, maps)
     for out, same in zip(outs, expected, strict=False):
         assert out.dtype == same.dtype
         assert (out - same).abs().max() <= (2e-6 if out.dtype == torch.float32 else 1e-14) * same.abs().max()
