@@ -1,6 +1,5 @@
 """Chromium without a window, spoken to through a pipe: opens a page at a size, in a colour scheme, and looks at it."""
 
-import base64
 import json
 import os
 import shutil
@@ -70,12 +69,6 @@ class Chromium:
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
-
-    def screenshot(self, whole: bool = False, kind: str = "png", clip: dict | None = None) -> bytes:
-        """The window, or the whole page, as a picture."""
-        more = {"clip": {**clip, "scale": 1}} if clip else {}
-        answer = self.call("Page.captureScreenshot", format=kind, captureBeyondViewport=whole or bool(clip), **more)
-        return base64.b64decode(answer["data"])
 
     def _receive(self) -> dict:
         while b"\0" not in self.buffer:

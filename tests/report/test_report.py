@@ -225,8 +225,7 @@ def test_curves_are_those_of_the_metrics(made, page):
     assert "after iteration 200: pseudo_labels.main_cam_after is passed" in page.text
 
 
-def test_a_resumed_run_has_no_point_twice(tmp_path):
-    run = make_run(tmp_path / "run")
+def test_a_resumed_run_has_no_point_twice(run):
     lines = metrics(400)
     write_metrics(run, [*lines[:10], *({**line, "train/cls": 7.0} for line in lines[5:-1]), lines[-1], lines[-1]])
     series = read_run(run).metrics["train/cls"]
@@ -246,26 +245,18 @@ def test_nothing_private(tmp_path, made, page):
         assert public(text) == expected
 
 
-def damaged_config(run):
-    (run / "config.yaml").write_text("a: [")
-    return "config.yaml cannot be read"
+def damaged(file: str, mode: str, text: str, note: str):
+    """A damage like those below: opens a file of the run to write the text; without a mode there is no such file."""
+    def damage(run):
+        (path,) = run.glob(file)
+        if not mode:
+            path.unlink()
+        else:
+            with path.open(mode) as stream:
+                stream.write(text)
+        return note
 
-
-def no_metrics(run):
-    (run / "metrics.jsonl").unlink()
-    return "metrics.jsonl is missing"
-
-
-def half_a_line(run):
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"iteration": 419, "train/cl')
-    return "metrics.jsonl: 1 line(s) cannot be read"
-
-
-def not_finite(run):
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"iteration": 419, "train/cls": NaN, "train/seg": null}\n"text"\n{"iteration": true}\n')
-    return "not finite in train/cls, train/seg"
+    return damage
 
 
 def nan_in_a_row(run):
@@ -273,17 +264,6 @@ def nan_in_a_row(run):
     rows[1]["miou"] = float("nan")
     (run / "results.json").write_text(json.dumps([*rows, "text", {"miou": 1.0}, {"map": "cam", "iou": [1]}]))
     return "the mIoU of entry 2 (lam) is not a finite number"
-
-
-def half_a_result(run):
-    path = run / "results.json"
-    path.write_text(path.read_text()[:-50])
-    return "results.json cannot be read as a list"
-
-
-def no_result(run):
-    (run / "results.json").unlink()
-    return "run_evaluate_voc.sh cpu 1"
 
 
 def evaluation_folder(run):
@@ -304,24 +284,9 @@ def no_folder(run):
     return "is missing; bash run_evaluate_voc.sh"
 
 
-def damaged_matrices(run):
-    (evaluation_folder(run) / "confusion.npz").write_bytes(b"PK\3\4")
-    return "confusion.npz cannot be read"
-
-
 def foreign_matrices(run):
     np.savez(evaluation_folder(run) / "confusion.npz", cam=np.eye(4), lam=np.eye(4), seg=np.eye(5))
     return "the confusion matrix of seg is not that of its row"
-
-
-def damaged_images(run):
-    (evaluation_folder(run) / "images.json").write_text('{"ranked_by": "seg", "images": [], "best": [{}]}')
-    return "images.json cannot be read"
-
-
-def lost_picture(run):
-    (evaluation_folder(run) / "best_1_0.jpg").unlink()
-    return "the file is missing"
 
 
 def a_path_for_an_id(run):
@@ -329,26 +294,40 @@ def a_path_for_an_id(run):
     return "made before confusion matrices"
 
 
-def broken_provenance(run):
-    (run / "provenance.jsonl").write_text('{"time"\n{"command": "text", "versions": 3}\n[]\n')
-    return "provenance.jsonl: 1 line(s) cannot be read"
-
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("sound") / "run")
 
 
-@pytest.mark.parametrize("damage", [
-    damaged_config, no_metrics, half_a_line, not_finite, nan_in_a_row, half_a_result, no_result, early_rows, no_folder,
-    damaged_matrices, foreign_matrices, damaged_images, lost_picture, a_path_for_an_id, broken_provenance,
-])
-def test_a_broken_run_has_a_report_that_says_so(sound, tmp_path, damage):
-    run = tmp_path / "run"
-    shutil.copytree(sound, run)
-    note = damage(run)
+@pytest.fixture
+def run(sound, tmp_path) -> Path:
+    """A copy of the sound run."""
+    return shutil.copytree(sound, tmp_path / "run")
+
+
+def page_of(run: Path) -> Page:
     main([str(run)])
-    page = Page(run / "report.html")
+    return Page(run / "report.html")
+
+
+NO_NUMBERS = '{"iteration": 419, "train/cls": NaN, "train/seg": null}\n"text"\n{"iteration": true}\n'
+
+
+@pytest.mark.parametrize("damage", [
+    damaged("config.yaml", "w", "a: [", "config.yaml cannot be read"),
+    damaged("metrics.jsonl", "", "", "metrics.jsonl is missing"),
+    damaged("metrics.jsonl", "a", '{"iteration": 419, "train/cl', "metrics.jsonl: 1 line(s) cannot be read"),
+    damaged("metrics.jsonl", "a", NO_NUMBERS, "not finite in train/cls, train/seg"),
+    damaged("results.json", "w", '[{"map": "cam", "io', "results.json cannot be read as a list"),
+    damaged("results.json", "", "", "run_evaluate_voc.sh cpu 1"),
+    damaged("evaluation/*/confusion.npz", "w", "PK\3\4", "confusion.npz cannot be read"),
+    damaged("evaluation/*/images.json", "w", '{"ranked_by": "seg", "images": [], "best": [{}]}', "images.json cannot"),
+    damaged("evaluation/*/best_1_0.jpg", "", "", "the file is missing"),
+    damaged("provenance.jsonl", "w", '{"time"\n{"command": "text", "versions": 3}\n[]\n', "jsonl: 1 line(s) cannot be"),
+    nan_in_a_row, early_rows, no_folder, foreign_matrices, a_path_for_an_id,
+])
+def test_a_broken_run_has_a_report_that_says_so(run, damage):
+    note, page = damage(run), page_of(run)
     assert note in " ".join(page.text.split())
     assert "Training" in page.text and "NaN" not in json.dumps(page.data)
 
@@ -360,14 +339,8 @@ def edit_config(run: Path, change) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(content))
 
 
-def page_of(run: Path) -> Page:
-    main([str(run)])
-    return Page(run / "report.html")
-
-
-def test_a_run_of_an_earlier_version(sound, tmp_path):
+def test_a_run_of_an_earlier_version(run):
     """Keys under earlier names, rows and a config without a method: today's names, and the default method."""
-    run = shutil.copytree(sound, tmp_path / "run")
 
     def earlier(content):
         del content["schema"], content["method"], content["evaluate"]["scales"]
@@ -395,9 +368,8 @@ def test_a_run_of_an_earlier_version(sound, tmp_path):
     load_config(None, command.split()[5:])
 
 
-def test_a_run_of_another_method(sound, tmp_path):
+def test_a_run_of_another_method(run):
     """Of one that this version does not know: kinds by their names, in the order they are found."""
-    run = shutil.copytree(sound, tmp_path / "run")
 
     def change(content):
         content["method"] = "other"
@@ -418,16 +390,14 @@ def test_a_run_of_another_method(sound, tmp_path):
     assert changed["other.map_after"] == "not known" and "train.lr" not in changed
 
 
-def test_a_config_of_a_later_version(sound, tmp_path):
-    run = shutil.copytree(sound, tmp_path / "run")
+def test_a_config_of_a_later_version(run):
     edit_config(run, lambda content: content.update(schema=99, later={"key": 1}))
     page = page_of(run)
     assert "config.yaml is of schema 99, this version knows" in page.text
     assert ["later.key", "1", "no such key today"] in page.table_of("key")
 
 
-def test_validation_in_the_order_of_the_method(sound, tmp_path):
-    run = shutil.copytree(sound, tmp_path / "run")
+def test_validation_in_the_order_of_the_method(run):
     write_metrics(run, [{"iteration": 9, "train/total": 1.0, "val/later": 0.1, "val/seg": 0.2, "val/fused": 0.3}])
     lines = page_of(run).data["charts"]["r0-validation"]["lines"]
     assert [line["name"] for line in lines] == ["CAM x LAM", "segmentation", "later"]
@@ -513,14 +483,11 @@ def test_ticks_are_round_and_span_the_values():
     assert nice_ticks(2.99573, 2.99574) == [0, 1, 2, 3]
 
 
-def test_long_curves_keep_their_extremes(sound, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(sound, run)
+def test_long_curves_keep_their_extremes(run):
     lines = [{"iteration": i, "train/cls": float(np.sin(i))} for i in range(10_000)]
     lines[5_003]["train/cls"] = 99.0
     write_metrics(run, lines)
-    main([str(run)])
-    page = Page(run / "report.html")
+    page = page_of(run)
     points = [point.split() for point in re.split("[ML]", page.paths["r0-cls"][0])[1:]]
     assert len(points) <= 1500 and (run / "report.html").stat().st_size < 1_500_000
     assert min(points, key=lambda point: float(point[1]))[0] == f"{LEFT + (WIDTH - LEFT - RIGHT) * 0.5003:.1f}"
