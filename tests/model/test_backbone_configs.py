@@ -67,9 +67,3 @@ def test_a_step_of_training(name, size):
     maps = method.maps(data.images, {"cam": MapPlan((1.0, 0.5), flip=True), "seg": MapPlan(flip=True)})
     assert {kind: values.shape[1] for kind, values in maps.items()} == {"cam": 4, "seg": 5}
     assert all(values.shape[-2:] == data.images.shape[-2:] for values in maps.values())
-
-
-def test_448_pixels_are_32_patches_of_14():
-    method, _ = tiny("more_voc_dinov2", 14)
-    with torch.no_grad():
-        assert method.network.backbone(torch.zeros(1, 3, 448, 448)).patches.shape[-2:] == (32, 32)

@@ -48,12 +48,6 @@ def test_upstream_gradient_scales_it():
     assert torch.equal(scaled, 0.25 * grad)
 
 
-def test_a_step_down_the_gradient_lowers_it():
-    logits, images, label = example()
-    loss, grad = gradient(logits, images, label)
-    assert energy_loss(logits - 0.5 * grad / grad.abs().max(), images, label) < loss
-
-
 def test_sum_over_images_is_divided_by_the_batch():
     logits, images, label = example()
     each = [energy_loss(logits[i : i + 1], images[i : i + 1], label[i : i + 1]) for i in range(2)]

@@ -9,9 +9,9 @@ from torch import nn
 from model.backbones.mlp import RecomputingMlp
 
 
-def pair(dtype=torch.float32, bias=True):
+def pair(bias=True):
     torch.manual_seed(0)
-    theirs = Mlp(6, 24, bias=bias).to(dtype)
+    theirs = Mlp(6, 24, bias=bias)
     assert RecomputingMlp.fits(theirs)
     return RecomputingMlp(theirs.fc1, theirs.fc2), theirs
 
@@ -28,12 +28,6 @@ def test_values_and_gradients_are_the_same(bias):
         results.append([y, *torch.autograd.grad(y, [x, *mlp.parameters()], given)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-def test_gradcheck():
-    ours, _ = pair(torch.float64)
-    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(ours, (x,))
 
 
 def test_under_autocast():

@@ -1,15 +1,15 @@
 """The losses of MoRe against slow, obvious loops; padding; odd cases."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.baselines.plain_step import plain_certain_loss, plain_segmentation_loss, plain_uncertain_loss
 from model.losses.affinity import ptc_loss
 from model.losses.segmentation import segmentation_loss
 from model.more.gcr import GraphCategoryRepresentation
-from model.more.lir import Samples, certain_loss, hashed_order, sample_uncertain, uncertain_loss
+from model.more.lir import EPS, Samples, certain_loss, hashed_order, sample_uncertain, uncertain_loss
+from model.more.network import Outputs
 
 B, K, D, H, W = 3, 5, 8, 9, 11
 
@@ -23,6 +23,10 @@ def random():
     mask[mask == K + 1] = 255
     labels = (torch.rand(B, K, generator=generator) < 0.6).float()
     return tokens, patches, mask, labels
+
+
+def outputs(tokens, patches):
+    return Outputs(*(None,) * 3, class_tokens=tokens, patches=patches, aux=None)
 
 
 def in_order(seeds, count):
@@ -46,32 +50,17 @@ def test_ptc_by_pairs(random):
     assert ptc_loss(patches[:1], mask[:1]).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_segmentation_by_pixels():
-    logits = torch.randn(2, 4, 5, 6)
-    labels = torch.randint(0, 4, (2, 5, 6))
+def test_segmentation_is_the_plain_one():
+    logits, labels = torch.randn(2, 4, 5, 6), torch.randint(0, 4, (2, 5, 6))
     labels[0, :2] = 255
-    parts = {True: [], False: []}
-    for b in range(2):
-        for y in range(5):
-            for x in range(6):
-                label = int(labels[b, y, x])
-                if label != 255:
-                    parts[label == 0].append(-F.log_softmax(logits[b, :, y, x], 0)[label].item())
-    expected = sum(sum(p) / (len(p) + 1e-6) for p in parts.values()) / 2
-    assert segmentation_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(segmentation_loss(logits, labels), plain_segmentation_loss(logits, labels))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.1])
-def test_certain_by_tokens(random, temperature):
+def test_certain_by_classes(random, temperature):
+    assert EPS == 1e-4   # which the plain one shares
     tokens, patches, mask, labels = (x.double() if x.is_floating_point() else x for x in random)
-    expected = 0.0
-    for b in range(B):
-        for k in range(K):
-            where = (mask[b] == k + 1).nonzero().tolist()
-            if labels[b, k]:
-                logit = (F.normalize(tokens[b, k], dim=0) @ patches[b].flatten(1) / temperature).view(H, W)
-                total = sum(-math.log(logit[y, x].exp() / (logit.exp().sum() + 1e-4)) for y, x in where)
-                expected += total / (len(where) + 1e-4) / B
+    expected = plain_certain_loss(outputs(tokens, patches), mask, labels, temperature).item()
     assert certain_loss(tokens, patches, mask, labels, temperature).item() == pytest.approx(expected, rel=1e-7)
 
 
@@ -137,13 +126,8 @@ def test_uncertain_by_tokens(random):
     tokens, patches, _, labels = random
     index = torch.tensor([[5, 2 * W + 3, 0], [0, 0, 7], [1, 1, 1]])
     samples = Samples(index, torch.tensor([[0.0, 1, 0], [1, 1, 0], [0, 0, 0]]))
-    values = []
-    for b, y, x in [(0, 2, 3), (1, 0, 0), (1, 0, 0)]:
-        s = [F.cosine_similarity(tokens[b, k], patches[b, :, y, x], dim=0).abs().item() for k in range(K)]
-        yes = [v for v, label in zip(s, labels[b], strict=True) if label]
-        no = [v for v, label in zip(s, labels[b], strict=True) if not label]
-        values.append(0.5 * (1 - sum(yes) / (len(yes) + 1)) + 0.5 * sum(no) / (len(no) + 1))
-    assert uncertain_loss(tokens, patches, samples, labels).item() == pytest.approx(sum(values) / 3, rel=1e-5)
+    expected = plain_uncertain_loss(outputs(tokens, patches), [[(2, 3)], [(0, 0), (0, 0)], []], labels).item()
+    assert uncertain_loss(tokens, patches, samples, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_hashed_order_depends_on_the_seed_alone():

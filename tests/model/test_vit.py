@@ -37,17 +37,6 @@ def test_start_weights(vit):
     assert torch.equal(vit.patch_pos, weights["pos_embed"][:, 1:])
 
 
-def test_is_timms_network_with_one_token():
-    model = classifier().eval()
-    ours = MultiClassTokenViT(NAME, SMALL, 1, 0, -1).eval()
-    ours.load_start_weights(model.state_dict())
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        theirs, features = model.forward_features(images), ours(images)
-    torch.testing.assert_close(features.class_tokens, theirs[:, :1])
-    torch.testing.assert_close(features.patches.flatten(2).transpose(1, 2), theirs[:, 1:])
-
-
 def test_auxiliary_map_is_a_block_output_before_the_norm(vit):
     kept = {}
     vit.blocks[1].register_forward_hook(lambda module, inputs, output: kept.update(x=output))   # depth 4, block -3
@@ -65,7 +54,10 @@ def test_positions_of_another_grid_are_resized(vit):
     "size, grid", [((64, 64), (8, 8)), ((40, 96), (5, 12)), ((47, 103), (5, 12)), ((8, 9), (1, 1))]
 )
 def test_any_size(vit, size, grid):
-    features = vit(torch.randn(2, 3, *size))
+    """What does not fill a patch on the right and below is cut off."""
+    images = torch.randn(2, 3, *size)
+    features, whole = vit(images), vit(images[..., : 8 * grid[0], : 8 * grid[1]])
+    torch.testing.assert_close(features.patches, whole.patches)
     assert features.patches.shape == features.aux.shape == (2, 32, *grid)
     assert features.class_tokens.shape == (2, K, 32)
 
@@ -114,24 +106,6 @@ def test_whose_statistics(overrides, own):
     assert not load_settings(before, "in a file").model.timm_statistics
 
 
-def test_the_rest_of_an_image_is_cut_off(vit):
-    images = torch.randn(1, 3, 47, 103)
-    torch.testing.assert_close(vit(images).patches, vit(images[..., :40, :96]).patches)
-
-
-def test_faults_of_start_weights_are_named(vit):
-    weights = classifier().state_dict()
-    for change, words in [
-        (lambda w: w.pop("blocks.2.mlp.fc1.bias"), "'blocks.2.mlp.fc1.bias' is missing"),
-        (lambda w: w.update(extra=torch.zeros(1)), "'extra' is not expected"),
-        (lambda w: w.update({"norm.weight": torch.zeros(7)}), r"'norm.weight' has shape \(7,\), expected \(32,\)"),
-    ]:
-        broken = dict(weights)
-        change(broken)
-        with pytest.raises(UserError, match=words):
-            vit.load_start_weights(broken)
-
-
 # a model of each family, with what makes it small, and the registers it brings
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 FAMILIES = {
@@ -153,8 +127,12 @@ FAMILIES = {
 }
 
 
-def drawn(model):
-    """The model with every weight drawn at random: none stays at its 0 or 1."""
+DINOV2 = "vit_base_patch14_reg4_dinov2", {**TINY, "img_size": 70}
+
+
+def drawn(name, args):
+    """timm's model with every weight drawn at random: none stays at its 0 or 1."""
+    model = timm.create_model(name, pretrained=False, num_classes=10, **args)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -166,7 +144,7 @@ def drawn(model):
 def test_a_family_is_timms_network_with_its_tokens(name):
     args, registers = FAMILIES[name]
     args = {**TINY, **args}
-    model = drawn(timm.create_model(name, pretrained=False, num_classes=10, **args))
+    model = drawn(name, args)
     ours = MultiClassTokenViT(name, args, 1, registers, -1).eval()
     ours.load_start_weights(model.state_dict())
     images = torch.randn(2, 3, *model.patch_embed.img_size)
@@ -179,22 +157,20 @@ def test_a_family_is_timms_network_with_its_tokens(name):
 
 
 def test_registers_that_the_weights_have_are_the_first():
-    name, args = "vit_base_patch14_reg4_dinov2", {**TINY, "img_size": 70}
-    weights = drawn(timm.create_model(name, pretrained=False, num_classes=0, **args)).state_dict()
-    ours = MultiClassTokenViT(name, args, K, 6)
+    weights = drawn(*DINOV2).state_dict()
+    ours = MultiClassTokenViT(*DINOV2, K, 6)
     ours.load_start_weights(weights)
     assert torch.equal(ours.tokens[:, :4], weights["reg_token"])
     assert torch.equal(ours.tokens[:, 6:], weights["cls_token"].expand(1, K, -1))
     assert 0.5 < ours.token_pos[:, 4:6].std() < 1.5 and ours.token_pos.any(2).sum() == 2
     with pytest.raises(UserError, match=r"'reg_token' holds 4 registers: give model\.registers=4 or more"):
-        MultiClassTokenViT(name, args, K, 2)
+        MultiClassTokenViT(*DINOV2, K, 2)
 
 
 def test_names_of_the_authors_files():
     """DINOv2's own file: another name for the registers, a mask token, a position for the class token alone."""
-    name, args = "vit_base_patch14_reg4_dinov2", {**TINY, "img_size": 70}
-    weights = drawn(timm.create_model(name, pretrained=False, num_classes=0, **args)).state_dict()
-    ours, same = MultiClassTokenViT(name, args, K), MultiClassTokenViT(name, args, K)
+    weights = drawn(*DINOV2).state_dict()
+    ours, same = MultiClassTokenViT(*DINOV2, K), MultiClassTokenViT(*DINOV2, K)
     ours.load_start_weights(weights)
     file = {**weights, "register_tokens": weights["reg_token"], "mask_token": torch.zeros(1, 48)}
     file["pos_embed"] = torch.cat([torch.full((1, 1, 48), 0.5), weights["pos_embed"]], dim=1)
@@ -213,6 +189,9 @@ def test_a_norm_after_pooling_becomes_the_final_norm(vit):
 @pytest.mark.parametrize(
     "change, words",
     [
+        (lambda w: w.pop("blocks.2.mlp.fc1.bias"), "'blocks.2.mlp.fc1.bias' is missing"),
+        (lambda w: w.update(extra=torch.zeros(1)), "'extra' is not expected"),
+        (lambda w: w.update({"norm.weight": torch.zeros(7)}), r"'norm.weight' has shape \(7,\), expected \(32,\)"),
         (lambda w: w.update(dist_token=w["cls_token"]), "'dist_token': the distillation token has no counterpart"),
         (lambda w: w.update(pos_embed=torch.zeros(1, 68, 32)), "'pos_embed' has 68 entries: no square"),
         (lambda w: w.update(pos_embed=torch.zeros(64, 32)), r"'pos_embed' has shape \(64, 32\), expected \(1, n, 32\)"),
@@ -232,6 +211,7 @@ def test_weights_of_another_form_are_refused(vit, change, words):
 @pytest.mark.parametrize(
     "name, args, reason",
     [
+        (NAME, {"num_heads": 5}, "backbone_args={'num_heads': 5}: "),
         ("resnet18", {}, "timm makes it as a ResNet"),
         ("no_such_model", {}, "Unknown model"),
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "num_heads": (2, 2)}, "timm makes it as a SwinTransformer"),
@@ -245,11 +225,6 @@ def test_weights_of_another_form_are_refused(vit, change, words):
 def test_other_networks_are_refused(name, args, reason):
     with pytest.raises(UserError, match=f"{name}.*{reason}"):
         MultiClassTokenViT(name, args, K)
-
-
-def test_arguments_that_timm_does_not_take():
-    with pytest.raises(UserError, match="backbone_args={'num_heads': 5}: "):
-        MultiClassTokenViT(NAME, {"num_heads": 5}, K)
 
 
 def test_a_block_that_does_not_exist():
