@@ -78,7 +78,10 @@ def curve_chart(
 
 def chart_data(curves: Sequence[Curve], percent: bool = False) -> dict:
     """The points of a chart, to seven digits, for the page's script."""
-    lines = [{"name": curve.name, "x": list(curve.x), "y": [_digits(value) for value in curve.y]} for curve in curves]
+    lines = [
+        {"name": name, "x": list(x), "y": [None if value is None else float(f"{value:.7g}") for value in y]}
+        for name, x, y, *_ in curves
+    ]
     return {"percent": percent, "lines": lines}
 
 
@@ -243,9 +246,8 @@ def _grid(ticks: Sequence[float], to_y, percent: bool) -> Markup:
 
 
 def _bottom(length: int, to_x) -> Markup:
-    marks = [tick for tick in nice_ticks(0, max(length, 1)) if tick <= length]
     texts = []
-    for tick in marks:
+    for tick in (tick for tick in nice_ticks(0, max(length, 1)) if tick <= length):
         x = to_x(tick)
         anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
         text = f"{tick:,.0f}" if float(tick).is_integer() else f"{tick:g}"
@@ -304,10 +306,6 @@ def _thinned(x: Sequence[int], y: Sequence[float | None]) -> list[tuple[int, flo
         ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])} if part else {(x[first], None)}
         kept += sorted(ends, key=lambda p: p[0])
     return kept
-
-
-def _digits(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.7g}")
 
 
 def _short(value: object) -> object:

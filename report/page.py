@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -121,10 +121,10 @@ class Page:
         if not evaluation.images:
             return None
         content = evaluation.images
-        groups = []
-        for place in ("best", "worst"):
-            found = [self.image(shown, run, evaluation) for shown in content[place][: self.images]]
-            groups.append({"place": place, "images": found})
+        groups = [
+            {"place": place, "images": [self.image(shown, run, evaluation) for shown in content[place][: self.images]]}
+            for place in ("best", "worst")
+        ]
         return {
             "by": name_of(content["ranked_by"], evaluation.method), "groups": groups, "count": len(content["images"]),
             "kept": bool(content["best"] or content["worst"]),
@@ -132,14 +132,13 @@ class Page:
 
     def image(self, shown: dict, run: Run, evaluation: Evaluation) -> dict:
         scores = evaluation.images["scores"].get(shown["name"], {})
-        palette = voc_palette()
         return {
             "name": shown["name"],
             "scores": [
                 (name_of(key, evaluation.method), number(value), colour_of(run, key.removesuffix("_crf")))
                 for key, value in scores.items()
             ],
-            "classes": [(name, "#{:02x}{:02x}{:02x}".format(*palette[int(i) % 256]))
+            "classes": [(name, "#{:02x}{:02x}{:02x}".format(*voc_palette()[int(i) % 256]))
                         for name, i in shown["classes"].items() if i],
             "panels": [(panel["caption"], data_uri(evaluation.folder, panel["file"])) for panel in shown["panels"]],
         }
@@ -280,9 +279,8 @@ def facts_of(run: Run, reached: int) -> list[tuple[str, str]]:
     """What a run is, in a line."""
     config = run.config
     keys = {"method": "method", "backbone": "model.backbone", "data": "data.name", "batch": "train.batch_size"}
+    keys["trained on"] = "data.train_split"
     facts = [(name, show(config[key])) for name, key in keys.items() if key in config]
-    if "data.train_split" in config:
-        facts.append(("trained on", show(config["data.train_split"])))
     planned = config.get("train.iterations")
     of = f" of {planned:,}" if isinstance(planned, int) and planned != reached else ""
     facts.append(("iterations", f"{reached:,}{of}" if reached or of else "unknown"))
@@ -418,17 +416,14 @@ def compared_classes(shown: list[dict]) -> list[dict]:
         having = [(run, rows[text]["iou"]) for run, rows in zip(shown, newest, strict=True) if text in rows]
         if len(having) > 1:
             names = list(dict.fromkeys(name for _, iou in having for name in iou))
-            rows = [compared_class(name, [iou.get(name) for _, iou in having]) for name in names]
+            rows = []
+            for name in names:
+                first, *rest = values = [iou.get(name) for _, iou in having]
+                differences = [None if None in (first, value) else value - first for value in rest]
+                rows.append({"name": name, "values": values, "differences": differences})
             largest = max((abs(value) for row in rows for value in row["differences"] if value), default=1.0)
             tables.append({
                 "label": text, "key": f"classes-{len(tables)}", "runs": [run for run, _ in having], "rows": rows,
                 "largest": largest,
             })
     return tables
-
-
-def compared_class(name: str, values: list[float | None]) -> dict:
-    first = values[0]
-    rest: Iterable[float | None] = values[1:]
-    return {"name": name, "values": values,
-            "differences": [None if value is None or first is None else value - first for value in rest]}

@@ -159,7 +159,8 @@ def read_metrics(path: Path, notes: list[str]) -> dict[str, Series]:
     """The curves of a metrics.jsonl. A line that goes back to an earlier iteration replaces all from that one on."""
     kept: dict[str, list[dict]] = {}
     replaced, whole = 0, list(_json_lines(path, notes))
-    lines = [line for line in whole if isinstance(line, dict) and _is_count(line.get("iteration"))]
+    counted = (line for line in whole if isinstance(line, dict) and type(line.get("iteration")) is int)
+    lines = [line for line in counted if line["iteration"] >= 0]
     for line in lines:
         names = [name for name in line if name not in ("iteration", "time")]
         same = kept.setdefault(names[0].partition("/")[0] if names else "", [])
@@ -324,10 +325,6 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[Any]:
             broken += 1
     if broken:
         notes.append(f"{path.name}: {broken} line(s) cannot be read (cut by a kill?) and are left out")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _reason(error: Exception) -> str:
