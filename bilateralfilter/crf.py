@@ -93,7 +93,9 @@ class DenseCRF:
             kernels.append(Lattice(bilateral_features(images, self.bi_rgb_std, self.bi_xy_std)).normalized(self.bi_w))
         smoothness = (height, width, self.pos_xy_std, self.pos_w, images.device)
         stencil = None
-        if self.pos_w and self.compatibility is None and self._narrow(images.device):
+        # a narrow kernel is written out, which the CPU computes faster
+        narrow = images.device.type == "cpu" and _reach(self.pos_xy_std) <= 3 and compiled("cpu")
+        if self.pos_w and self.compatibility is None and narrow:
             stencil = _smoothness_stencil(*smoothness)
         elif self.pos_w:
             kernels.append(_smoothness(*smoothness))
@@ -106,10 +108,6 @@ class DenseCRF:
             source[kept] = torch.arange(len(kept), device=q.device)
             q = q[:, source]
         return q.view(prob.shape)
-
-    def _narrow(self, device: torch.device) -> bool:
-        """Whether the smoothness kernel is narrow enough to be written out, which the CPU computes faster."""
-        return device.type == "cpu" and _reach(self.pos_xy_std) <= 3 and compiled("cpu")
 
     def _different(self, prob: Tensor) -> tuple[Tensor, int]:
         """The classes to compute, and how many the last of them stands for.

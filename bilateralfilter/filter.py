@@ -43,15 +43,11 @@ def bilateral_filter(
     features = bilateral_features(images.to(dtype), sigma_rgb, sigma_xy)
     if valid is not None and valid.numel():
         invalid = ~valid.flatten(1)[..., None]
-        features = torch.where(invalid, _first_valid(features, valid), features)
+        first = valid.flatten(1).byte().argmax(dim=1)  # its features are there anyway: they add no vertices
+        there = features[torch.arange(len(features), device=features.device), first][:, None]
+        features = torch.where(invalid, there, features)
         maps = maps.masked_fill(~valid[:, None], 0)
     out = Lattice(features).filter(maps.flatten(2).transpose(1, 2))
     if valid is not None and valid.numel():
         out = out.masked_fill(invalid, 0)
     return out.transpose(1, 2).reshape(maps.shape)
-
-
-def _first_valid(features: Tensor, valid: Tensor) -> Tensor:
-    """Of every image (N, 1, D): features that are there anyway, so that pixels which take them add no vertices."""
-    first = valid.flatten(1).byte().argmax(dim=1)
-    return features[torch.arange(len(features), device=features.device), first][:, None]
