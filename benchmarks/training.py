@@ -57,11 +57,11 @@ def step_config(options: argparse.Namespace, precision: str) -> RunConfig:
     return load_config("more_voc", [*overrides, f"data.crop_size={options.crop}"])
 
 
-def make_trainer(config: RunConfig, plain: bool, device: str) -> Trainer:
+def make_trainer(config: RunConfig, plain: bool, ranks: Ranks) -> Trainer:
     """A trainer in the last stage. plain: with the plainly formulated losses and AdamW parameter by parameter."""
     torch.manual_seed(0)
-    method = (plain_step.PlainMoRe if plain else MoRe)(config, CLASSES).to(device).train()
-    trainer = Trainer(method, config, Ranks(0, 1, torch.device(device)))
+    method = (plain_step.PlainMoRe if plain else MoRe)(config, CLASSES).to(ranks.device).train()
+    trainer = Trainer(method, config, ranks)
     trainer.iteration = LATE
     if plain:
         method.host_filter = load_plain_filter()
@@ -184,7 +184,8 @@ def work() -> None:
     options = argparse.Namespace(**json.loads(sys.argv[1]))
     folder = Path(options.images) if options.images else None
     given = batch_of(load_images(folder, options.batch, options.crop, options.crop), options.device)
-    trainer = make_trainer(step_config(options, options.precision), options.plain, options.device)
+    ranks = Ranks(0, 1, torch.device(options.device))
+    trainer = make_trainer(step_config(options, options.precision), options.plain, ranks)
     cuda = options.device == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     counted = False
@@ -386,11 +387,7 @@ def report_step() -> None:
     options = argparse.Namespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
     ranks = setup()
-    overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"data.crop_size={options.crop}"]
-    torch.manual_seed(0)
-    config = load_config("more_voc", overrides)
-    trainer = Trainer(MoRe(config, CLASSES).train(), config, ranks)
-    trainer.iteration = LATE
+    trainer = make_trainer(step_config(options, "fp32"), False, ranks)
     given = batch_of(load_images(None, options.batch, options.crop, options.crop), "cpu")
     trainer.step(given)
     spent = []

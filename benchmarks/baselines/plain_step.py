@@ -38,9 +38,10 @@ class PlainMoRe(MoRe):
         pseudo = self.pseudo_labels(cams, batch, out.patches.shape[-2:], iteration)
         logits = F.interpolate(out.seg_logits, batch.images.shape[-2:], mode="bilinear", align_corners=False)
         c = self.config.loss
+        h, w = (max(side - WINDOW, 0) for side in out.patches.shape[-2:])
         tokens = [
             plain_samples(label, order, c.uncertain_tokens)
-            for label, order in zip(pseudo["uncertain"], self._orders(batch, out.patches), strict=True)
+            for label, order in zip(pseudo["uncertain"], self.token_order(batch.seeds, h * w), strict=True)
         ]
         return dict(
             cls=F.multilabel_soft_margin_loss(out.class_logits, batch.labels),
@@ -74,10 +75,6 @@ class PlainMoRe(MoRe):
             plain_pixel_labels(*one, c.high, c.low, c.par_dilations, c.par_iterations)
             for one in zip(cam, batch.labels, image, strict=True)
         ])
-
-    def _orders(self, batch: Batch, patches: Tensor) -> Tensor:
-        h, w = (max(side - WINDOW, 0) for side in patches.shape[-2:])
-        return self.token_order(batch.seeds, h * w)
 
 
 def plain_features(

@@ -140,9 +140,6 @@ def test_plain_filter_equals_ours(size, sigmas, tolerance):
         assert (ours - plain).abs().max() <= tolerance * plain.abs().max()
 
 
-def test_plain_filter_is_linear_and_refuses_other_sizes():
-    plain = load_plain_filter()
-    images, maps = torch.rand(1, 3, 6, 5) * 255, torch.rand(1, 2, 6, 5)
-    torch.testing.assert_close(plain(images, 2 * maps, 15.0, 50.0), 2 * plain(images, maps, 15.0, 50.0))
+def test_plain_filter_refuses_other_sizes():
     with pytest.raises(ValueError, match="the sizes differ"):
-        plain(images[..., :4], maps, 15.0, 50.0)
+        load_plain_filter()(torch.rand(1, 3, 6, 4), torch.rand(1, 2, 6, 5), 15.0, 50.0)
