@@ -31,12 +31,6 @@ SEED = 1_000_003            # of the images; the demo's are drawn from data.shap
 DRAWN, CROP = 112, 80       # pixels: of a drawn image, of what the network sees
 
 
-def small_vit() -> nn.Module:
-    """The backbone of configs/more_shapes.yaml."""
-    model = load_config("more_shapes", []).model
-    return timm.create_model(model.backbone, num_classes=0, **model.backbone_args)
-
-
 def images_and_labels(count: int) -> tuple[Tensor, Tensor]:
     """uint8 (count, 3, DRAWN, DRAWN) and multi-hot float (count, 6)."""
     images = torch.empty(count, 3, DRAWN, DRAWN, dtype=torch.uint8)
@@ -49,11 +43,15 @@ def images_and_labels(count: int) -> tuple[Tensor, Tensor]:
 
 
 class Classifier(nn.Module):
-    """Images of values 0..255 -> class logits of the class token (B, 6) and of every patch (B, N, 6)."""
+    """Images of values 0..255 -> class logits of the class token (B, 6) and of every patch (B, N, 6).
+
+    `vit` is the backbone of configs/more_shapes.yaml.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.vit = small_vit()
+        model = load_config("more_shapes", []).model
+        self.vit = timm.create_model(model.backbone, num_classes=0, **model.backbone_args)
         self.of_token = nn.Linear(self.vit.embed_dim, len(shapes.CLASSES))
         self.of_patches = nn.Linear(self.vit.embed_dim, len(shapes.CLASSES))
 

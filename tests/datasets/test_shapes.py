@@ -23,6 +23,14 @@ def content(root):
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A data set of SETTINGS."""
+    root = tmp_path_factory.mktemp("made") / "shapes"
+    shapes.generate(root, **SETTINGS)
+    return root
+
+
 def test_same_seed_same_images():
     for split in shapes.SPLITS:
         image, label_map = shapes.draw(5, split, 2, 64)
@@ -94,29 +102,24 @@ def test_refinement_sharpens_a_coarse_map(one_thread):
     assert wrong[config.par_iterations] < 0.7 * wrong[0]
 
 
-def test_written_in_the_voc_layout(tmp_path):
-    root = tmp_path / "shapes"
-    shapes.generate(root, **SETTINGS)
-    labels = json.loads((root / "labels.json").read_text())
+def test_written_in_the_voc_layout(made):
+    labels = json.loads((made / "labels.json").read_text())
     for split in shapes.SPLITS:
-        names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+        names = (made / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
         assert len(names) == SETTINGS[split]
         for index, name in enumerate(names):
             image, label_map = shapes.draw(3, split, index, 64)
-            written = read_label_map(root / "SegmentationClass" / f"{name}.png", len(shapes.CLASSES) + 1)
+            written = read_label_map(made / "SegmentationClass" / f"{name}.png", len(shapes.CLASSES) + 1)
             assert (written == label_map).all()
-            assert np.abs(read_rgb(root / "JPEGImages" / f"{name}.jpg").astype(int) - image).mean() < 4
+            assert np.abs(read_rgb(made / "JPEGImages" / f"{name}.jpg").astype(int) - image).mean() < 4
             assert labels[name] == [shapes.CLASSES[i - 1] for i in np.unique(label_map) if i]
-    assert len(labels) == 9 and not (root / ".generating").exists()
+    assert len(labels) == 9 and not (made / ".generating").exists()
 
 
-def test_finished_is_left_alone_and_interrupted_is_redone(tmp_path, monkeypatch):
-    root = tmp_path / "shapes"
-    shapes.generate(root, **SETTINGS)
-    whole = content(root)
+def test_finished_is_left_alone_and_interrupted_is_redone(made, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shapes, "_write", lambda *_: pytest.fail("written twice"))
-        shapes.generate(root, **SETTINGS)
+        shapes.generate(made, **SETTINGS)
 
     broken, calls, draw = tmp_path / "broken", [], shapes.draw
 
@@ -133,26 +136,23 @@ def test_finished_is_left_alone_and_interrupted_is_redone(tmp_path, monkeypatch)
     assert not (broken / "shapes.json").exists()
     (broken / "JPEGImages" / "train_000001.jpg").write_bytes(b"half")
     shapes.generate(broken, **SETTINGS)
-    assert content(broken) == whole
+    assert content(broken) == content(made)
 
 
-def test_two_processes_at_once(tmp_path):
-    root, alone = tmp_path / "shapes", tmp_path / "alone"
-    context = multiprocessing.get_context("fork")
+def test_two_processes_at_once(made, tmp_path):
+    root, context = tmp_path / "shapes", multiprocessing.get_context("fork")
     workers = [context.Process(target=shapes.generate, args=(root,), kwargs=SETTINGS) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(30)
         assert worker.exitcode == 0
-    shapes.generate(alone, **SETTINGS)
-    assert content(root) == content(alone)
+    assert content(root) == content(made)
 
 
-def test_refuses_other_content_and_other_settings(tmp_path):
-    shapes.generate(tmp_path / "shapes", **SETTINGS)
+def test_refuses_other_content_and_other_settings(made, tmp_path):
     with pytest.raises(UserError, match="'seed': 3"):
-        shapes.generate(tmp_path / "shapes", **(SETTINGS | {"seed": 4}))
+        shapes.generate(made, **(SETTINGS | {"seed": 4}))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match=r"thesis\.tex"):
