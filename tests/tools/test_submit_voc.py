@@ -114,7 +114,7 @@ def grey(folder):
 
 def another_format(folder):
     Image.fromarray(np.zeros((24, 33), np.uint8)).save(folder / "2008_000011.png", "JPEG")
-    return r"2008_000011\.png: JPEG of mode L"
+    return r"2008_000011\.png: a JPEG blurs the ids"
 
 
 def ignored(folder):
