@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from datasets import build_image_set, data_name
 from datasets.samples import Sample
@@ -16,6 +15,7 @@ from engine.inference.pseudo_masks import DICTIONARY, Exported, irn_ids
 from utils.errors import UserError, name_some
 from utils.images import IGNORE, check_same_size, read_label_map
 from utils.metrics import Scores, confusion_matrix
+from utils.progress import progress_bar
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -70,7 +70,7 @@ def score_files(
     """
     matrix, left_out = np.zeros((num_ids, num_ids), np.int64), 0
     share = [sample for sample in samples if sample.mask is not None][ranks.rank :: ranks.world]
-    for sample in tqdm(share, "score", unit="image", disable=ranks.rank != 0, dynamic_ncols=True):
+    for sample in progress_bar(share, "score", unit="image", disable=ranks.rank != 0):
         truth, path = read_label_map(sample.mask, num_ids), path_of(sample.name)
         is_png = path.suffix == ".png"
         ids = read_label_map(path, num_ids) if is_png else irn_ids(path, bkg, num_ids, truth.shape)
