@@ -75,7 +75,7 @@ STATE = {"iteration": 6, "optimizer": {}, "kind": "AdamW"}
     (of(torch.jit.save, torch.jit.trace(torch.nn.ReLU(), torch.zeros(1))), r"a TorchScript file: save the state_dict"),
     (save({"a": torch.zeros(9)})[:-1], "a safetensors file that is cut short or damaged"),
     (save({"head.weight": torch.zeros(9)}), "no checkpoint of this method: start weights .* go to model.weights"),
-])  # fmt: skip
+], ids=lambda value: "bytes" if isinstance(value, bytes) else None)  # fmt: skip
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
 def test_a_file_of_something_else_is_named(tmp_path, name, content, words):
     with pytest.raises(UserError, match="no such"):
