@@ -27,5 +27,6 @@ class _Lines:
 
 def progress_bar(items=None, desc: str | None = None, **options) -> tqdm:
     """tqdm with its arguments; where stderr is no terminal, a line every half minute, and the last state."""
-    file = sys.stderr if sys.stderr.isatty() else _Lines(sys.stderr)
-    return tqdm(items, desc, dynamic_ncols=True, file=file, **options)
+    if not sys.stderr.isatty():   # position: bars within others do not move the cursor
+        options |= {"file": _Lines(sys.stderr), "position": 0}
+    return tqdm(items, desc, dynamic_ncols=True, **options)
