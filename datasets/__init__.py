@@ -55,7 +55,7 @@ def build_val_set(config: Section, split: str | None = None) -> EvalSet:
     if split is None:
         raise UserError("data.val_split is null: give data.val_split=NAME, the split to score, which needs masks")
     dataset = EvalSet(*_load(config.data, split, need_masks=True))
-    if note := dataset.compared():
+    if (note := dataset.compared()) and int(os.environ.get("RANK", 0)) == 0:
         logging.getLogger("wsss").warning(note)
     return dataset
 

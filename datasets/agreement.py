@@ -18,12 +18,12 @@ def compare(images: Iterable[tuple[Path, set[int], set[int]]], classes: Sequence
     """A line on the masks with other classes than their image's labels; None where there are none.
 
     images: of each the mask's file, the ids of its labels, all ids of the mask. classes: names, without background.
-    Raises UserError where most masks of images with labels hold none of their classes.
+    Raises UserError where most masks of images with labels, and more than one, hold none of their classes.
     """
     images = list(images)
     labelled = [image for image in images if image[1]]
     strange = [image for image in labelled if not image[1] & image[2]]
-    if 2 * len(strange) > len(labelled):
+    if len(strange) > max(1, len(labelled) / 2):
         path, labels, ids = strange[0]
         raise UserError(
             f"{path}: ids {sorted(ids)}, labels {[classes[k - 1] for k in sorted(labels)]}; so {len(strange)} of "

@@ -196,7 +196,7 @@ def parallel(function: Callable[[Any], Any], items: Iterable, workers: int, labe
 
 def _pooled(function: Callable[[Any], Any], items: Iterable, workers: int) -> Iterator:
     waiting: deque = deque()
-    with ProcessPoolExecutor(workers, initializer=_tie, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, initializer=_tie) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
@@ -211,9 +211,9 @@ def _pooled(function: Callable[[Any], Any], items: Iterable, workers: int) -> It
                 future.cancel()
 
 
-def _tie(parent: int) -> None:
+def _tie() -> None:
     """A worker ends with its parent, even a killed one, whose lock it shares; Ctrl-C is the parent's to handle."""
-    end_with(parent)
+    end_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
