@@ -147,6 +147,8 @@ def irn_ids(path: Path, bkg: float, num_ids: int, size: tuple[int, int]) -> np.n
             content = _IrnReader(file).load().item()
         which = "high_res" if "high_res" in content else "cam"
         keys, maps = (torch.tensor(np.asarray(content[name])) for name in ("keys", which))
+        if len(keys) == len(maps) == 0:
+            return np.zeros(size, np.uint8)
         maps = maps.float() if which == "high_res" else resize(maps[None].float(), size)[0]
         if keys.shape != maps.shape[:-2] or not maps.isfinite().all() or ((keys < 0) | (keys >= num_ids - 1)).any():
             raise ValueError(f"finite maps {tuple(maps.shape)} of keys {keys.tolist()}, which are 0..{num_ids - 2}?")
