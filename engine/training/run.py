@@ -56,7 +56,7 @@ class Run:
         digest = hashlib.sha256("\n".join(train_set.names).encode()).hexdigest()
         self.images = {"count": len(train_set), "sha256": digest}
         if self.config.resume == "auto":
-            state = files.newest_state(self.checkpoints)
+            state = None if self._had_no_state_yet() else files.newest_state(self.checkpoints)
             if len(set(gather(state and state["iteration"]))) > 1:
                 raise UserError(f"{self.checkpoints}: the processes see different files there: start again")
         if state is None:
@@ -70,6 +70,12 @@ class Run:
             self.changed = changed and f"; changed: {changed}"
             files.load_weights(weights, method)
         return state
+
+    def _had_no_state_yet(self) -> bool:
+        """Whether the run ended before its first state was whole, whatever weights it had written by then."""
+        if any(self.checkpoints.glob("*.state.pt")) or not self.metrics.is_file():
+            return False
+        return all(line["iteration"] < self.config.train.checkpoint_every for line in read_metrics(self.metrics))
 
     def attach(self, trainer: Trainer, state: dict | None) -> None:
         """Takes the trainer, which goes on from `state`, and opens the files of the run."""
