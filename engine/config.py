@@ -148,8 +148,7 @@ def load_config(name: str | os.PathLike | None = None, overrides: Sequence[str] 
 
 def load_settings(settings: Mapping, source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The same from settings that are at hand, as `portable` gives them; source: where they are from, for errors."""
-    settings = {**settings, "model": {"normalize": "imagenet", **settings.get("model", {})}}   # before that key
-    return _stacked([(settings, f"in {source}")], overrides).resolve()
+    return _stacked([({"schema": 1, **settings}, f"in {source}")], overrides).resolve()
 
 
 def layers_of(name: str | os.PathLike | None, overrides: Sequence[str] = ()) -> Layers:
@@ -234,12 +233,15 @@ def _stacked(layers: list[tuple[Mapping, str]], overrides: Sequence[str]) -> Lay
 def up_to_date(content: Mapping, source: str, method: str) -> dict:
     """Nested settings of any earlier schema, flat, under today's names. Raises UserError for those of a later one."""
     content, renamed = dict(content), _renamed(method)
+    resolved = "schema" in content   # by a run, and not written by hand
     number = str(content.pop("schema", 1))
     if not number.isdecimal():
         raise UserError(f"schema = {number} {source}: expected an integer")
     if int(number) > SCHEMA:
         raise UserError(f"the config {source} is of schema {number}, this version knows {SCHEMA}: use a newer version")
     flat = {renamed.get(full, full): value for full, value in flatten(content).items()}
+    if resolved:
+        flat.setdefault("model.normalize", "imagenet")   # all there was before that key
     return {full: renamed.get((full, str(value)), value) for full, value in flat.items()}
 
 

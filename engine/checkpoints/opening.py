@@ -81,12 +81,14 @@ def checkpoint_config(
     what the released file is, else `default`. overrides: key=value pairs on top.
     """
     beside = run_folder(file) / "config.yaml"
-    settings = read_meta(file).get("settings") if config is None else None
-    if settings is not None:
+    settings = read_meta(file).get("settings")
+    if config is None and settings is not None:
         return load_settings(_with_paths(settings, file, beside), file, overrides), file
     if config is None and beside.is_file():
         config = str(beside)
     released = None if config else recognise(file)
+    if settings is not None and "normalize" not in settings.get("model", {}):   # before that key
+        overrides = ["model.normalize=imagenet", *overrides]
     name = config or (released[1].config if released else default or DEFAULT)
     return load_config(name, overrides), name
 

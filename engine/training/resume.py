@@ -21,7 +21,10 @@ def check_same_run(weights: Path, config: RunConfig, images: dict) -> str:
     """
     meta = read_meta(weights)
     before = load_settings(meta["settings"], str(weights)) if "settings" in meta else config
-    old, new = (flatten(portable(one)) for one in (before, config))
+    old, new = (
+        {**flatten(portable(one)), "model.normalize": "timm" if one.model.timm_statistics else "imagenet"}
+        for one in (before, config)
+    )
     ours, theirs = ({name: str(value).rpartition("/")[2] for name, value in one.items()} for one in (new, old))
     names = [name for name in {**new, **old} if ours.get(name) != theirs.get(name)]
     changed = {name: f"{name} = {shown(new.get(name))}, was {shown(old.get(name))}" for name in names}

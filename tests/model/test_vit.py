@@ -1,12 +1,17 @@
 """The multi-class-token ViT: start weights, positions, odd sizes, what is refused."""
 
+import json
+
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
 
+from engine.checkpoints.opening import checkpoint_config
 from engine.config import load_config, load_settings, portable, split_config
 from model.backbones.vit import MultiClassTokenViT
+from utils.config import save_yaml
 from utils.errors import UserError
 from utils.images import MEAN, STD
 
@@ -97,13 +102,16 @@ def test_mean_and_std_of_the_weights():
         (["config=more_voc_clip", "model.normalize=imagenet"], False),
     ],
 )
-def test_whose_statistics(overrides, own):
+def test_whose_statistics(overrides, own, tmp_path):
     name, overrides = split_config(overrides, "more_voc")
     config = load_config(name, overrides)
     assert config.model.timm_statistics == own
-    before = portable(config)
-    del before["model"]["normalize"]   # as checkpoints of earlier versions, which all were trained with ImageNet's
-    assert not load_settings(before, "in a file").model.timm_statistics
+    before, path = portable(config), tmp_path / "config.yaml"
+    del before["model"]["normalize"]   # as runs and checkpoints of earlier versions, all trained with ImageNet's
+    save_yaml(before, path)
+    safetensors.torch.save_file({}, tmp_path / "w.safetensors", {"meta": json.dumps({"settings": before})})
+    opened, _ = checkpoint_config(str(tmp_path / "w.safetensors"), overrides, name)
+    assert not any(one.model.timm_statistics for one in (load_settings(before, "a file"), load_config(path), opened))
 
 
 # a model of each family, with what makes it small, and the registers it brings

@@ -1,11 +1,13 @@
 """A run that was stopped goes on from something whole and as what it was, or says in one line why not."""
 
+import json
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.checkpoints.files import read_meta
 from engine.training import train
@@ -79,6 +81,10 @@ def test_another_run_is_refused(root, run, override, words):
 
 
 def test_an_earlier_pair_is_taken_and_changes_are_said(root, run):
+    weights = run / "checkpoints" / WEIGHTS
+    meta = read_meta(weights)
+    del meta["settings"]["model"]["normalize"]   # as version 0.2 wrote it
+    save_file(load_file(weights), weights, {"meta": json.dumps(meta)})
     for name in (STATE, WEIGHTS):   # a copy is the state of another iteration
         shutil.copy(run / "checkpoints" / name, run / "checkpoints" / name.replace("6", "7"))
     tiny.train_toy(root, run.parent, "resume=auto", "train.iterations=7", "train.log_every=5", "evaluate.bkg=0.4")
@@ -86,6 +92,15 @@ def test_an_earlier_pair_is_taken_and_changes_are_said(root, run):
     assert "iter_000007.state.pt: not the state of iteration 7; an " in log and "after iteration 6; changed: " in log
     assert "train.iterations = 7, was null" in log and "evaluate.bkg = 0.4, was 0.5" in log
     assert read_yaml(run / "config.yaml")["train"]["iterations"] == "7"
+
+
+def test_a_run_that_ended_before_its_first_state_begins_anew(root, run):
+    """Its first was to come after the last iteration, but there are weights of a validation before."""
+    for path in run.glob("checkpoints/iter_*"):
+        path.unlink()
+    tiny.train_toy(root, run.parent, "resume=auto", "train.checkpoint_every=6")
+    assert "the run begins anew" in (run / "train.log").read_text()
+    assert len(read_metrics(run / "metrics.jsonl")) == 8 and (run / "checkpoints" / STATE).is_file()
 
 
 @pytest.mark.parametrize("number", [1, 2])
