@@ -35,6 +35,7 @@ HEADINGS = ("image", "images", "image_id", "file", "filename", "file_name", "nam
 LISTS = ("class", "classes", "label", "labels", "category", "categories")   # headings of names, not of 0 and 1
 PRESENT, ABSENT = ("1", "1.0", "true"), ("0", "0.0", "false")
 VALUE = re.compile(r"[-+\d.,]+|true|false|yes|no|[xyn]", re.IGNORECASE)   # what is no name in a CSV
+MISSING = re.compile(r"nan|n/?a|none|null|unknown|\?|-.*", re.IGNORECASE)   # what stands where there is nothing to say
 VAL_SHARE = 0.1
 
 
@@ -71,14 +72,22 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     rows = list(_rows_of_cells(path))
-    of_values = any(VALUE.fullmatch(cell) for row in rows[1:] for cell in row.classes)
-    columns = rows[0].classes if of_values else []
+    columns = _columns(rows)
     if len({*columns}) < len(columns) or any(VALUE.fullmatch(name) or name.lower() in LISTS for name in columns):
         raise UserError(f"{path}: values such as 0 and 1 need a first row with the names of the classes, all different")
-    for row in rows[1:] if columns or (rows and rows[0].image.lower() in HEADINGS) else rows:
+    has_heading = columns or (rows and rows[0].image.lower() in HEADINGS)
+    for name in rows[0].classes if has_heading and not columns else ():
+        if name.lower().rstrip("0123456789_ ") not in ("", *LISTS):
+            raise UserError(f"{rows[0].where}: column {name!r}: classes stand under 'class'; leave out other columns")
+    for row in rows[1:] if has_heading else rows:
         if not row.image:
             raise UserError(f"{row.where}: no image in the first column")
         yield row._replace(classes=_of_values(row, columns) if columns else _of_names(row))
+
+
+def _columns(rows: list[Row]) -> list[str]:
+    """The classes that the first row names, where the others hold values such as 0 and 1."""
+    return rows[0].classes if any(VALUE.fullmatch(cell) for row in rows[1:] for cell in row.classes) else []
 
 
 def _rows_of_cells(path: Path) -> Iterator[Row]:
@@ -110,7 +119,7 @@ def _of_names(row: Row) -> list[str]:
     if not classes:
         raise UserError(f"{row.where}: image {row.image} has no class; write {BACKGROUND} where it shows none")
     for name in classes:
-        if set(",|") & {*name} or VALUE.fullmatch(name):
+        if set(",|") & {*name} or VALUE.fullmatch(name) or MISSING.fullmatch(name):
             raise UserError(f"{row.where}: {name!r} is no class; names in one cell are apart by ;")
     return classes
 
@@ -261,7 +270,12 @@ def prepare(options: argparse.Namespace) -> None:
     images = find_files(options.images, IMAGES, "images")
     masks = find_files(options.masks, (".png",), "masks") if options.masks else {}
     table = read_table(options.labels, options.images, images, classes)
-    classes = classes or list(class_list(sorted({n for names in table.values() for n in names}), options.labels))
+    if classes is None:
+        columns = [] if options.labels.suffix.lower() == ".json" else _columns(list(_rows_of_cells(options.labels)))
+        columns = [name for name in columns if reserved(name) != BACKGROUND]
+        classes = list(class_list(columns or sorted({n for names in table.values() for n in names}), options.labels))
+    if masks and not masks.keys() & images.keys():
+        raise UserError(f"{options.masks}: no mask has the name of an image, such as {next(iter(images))}.png")
     if len(classes) > MOST_CLASSES:
         raise UserError(f"{options.labels}: {len(classes)} classes; 1 to {MOST_CLASSES} fit into a mask")
     lists = split_names(options, _ways_to_say(options.images, images), {s: masks[s] for s in masks if s in images})

@@ -131,6 +131,13 @@ def test_one_row_a_class_and_many_columns_say_the_same(mine, capsys):
     capsys.readouterr()
 
 
+def test_columns_of_0_and_1_are_the_classes_in_their_order(mine):
+    (mine / "labels.csv").write_text("image,nut,bolt,cog\n" + "".join(f"{stem},0,1,0\n" for stem in LABELS))
+    given = with_classes(mine)
+    prepare_folder.main([str(mine / "out"), *given[1:given.index("--masks")]])
+    assert (mine / "out/classes.txt").read_text().split() == ["nut", "bolt", "cog"]
+
+
 @pytest.mark.parametrize("form", ["text", "json", "16 bit"])
 def test_ids_of_other_numbers(form, mine, capsys):
     meant = {0: "background", 7: "hot dog", 38: "nut", 200: "bolt", 3: "bolt", 99: "ignore"}
@@ -221,6 +228,9 @@ def black_and_white(mine):
     (write("labels.csv", "a,1,0\nb,0,1\n"), (), ("labels.csv: values such as 0 and 1 need a first row",)),
     (write("labels.csv", "image,label\na,1\n"), (), ("labels.csv: values such as 0 and 1 need a first row",)),
     (write("labels.csv", "image,nut,nut\na,1,0\n"), (), ("labels.csv: values", "all different")),
+    (write("labels.csv", "image,class,split\na,nut,train\n"), (), ("line 1: column 'split'", "leave out other")),
+    (write("labels.csv", "image,class\na,nan\n"), (), ("labels.csv, line 2: 'nan' is no class",)),
+    (lambda mine: [p.rename(p.with_stem("m" + p.stem)) for p in mine.glob("masks/*")], (), ("masks: no mask has",)),
     (write("labels.csv", "a,1\n"), (), ("labels.csv, line 1: '1' is no class",)),
     (write("labels.csv", 'image,classes\na,"nut,bolt"\n'), (), ("labels.csv, line 2: 'nut,bolt' is no class",)),
     (write("labels.csv", 'image,classes\na,"nut"x\n'), (), ("labels.csv, line 2: cannot be read",)),
