@@ -10,6 +10,10 @@ _SPELLINGS = {"background": BACKGROUND, "bg": BACKGROUND}
 _SPELLINGS |= dict.fromkeys(("ignore", "ignored", "void", "unlabeled", "unlabelled"), IGNORED)
 
 
+# of YAML and JSON, of tables with ids or colours, comments
+_FOREIGN = re.compile(r"""[-"'\[{#]|\d+ *[:,]|.*[,\t]|.*:$|\.*$""")
+
+
 def reserved(name: str) -> str | None:
     """What a name such as `Background`, `__background__`, `0: bg` or `__ignore__` stands for; None for a class."""
     return _SPELLINGS.get(re.sub(r"[\W\d_]+", "", name).lower())
@@ -26,8 +30,9 @@ def class_list(names: Iterable[str], source: object) -> tuple[str, ...]:
     names = names[2:] if head == [IGNORED, BACKGROUND] else names[head[:1] == [BACKGROUND] :]
     known: dict[str, str] = {}
     for name in names:
-        if reserved(name) or name.strip(".")[:1] in ("", "#"):
-            raise UserError(f"{source}: {name!r} is no class; only background may be named, in front of the classes")
+        if reserved(name) or _FOREIGN.match(name):
+            what = "names alone are expected, and no background but in front of them"
+            raise UserError(f"{source}: {name!r} is no class; {what}")
         key = "".join(name.replace("/", "_").casefold().split())   # as folders are named by it
         if key in known:
             alike = f"not {known[key]!r} and {name!r}"

@@ -80,6 +80,8 @@ def load_labels(
     missing = next((name for name in names if name not in table), None)
     if missing is not None:
         raise UserError(f"{place}: no labels for image {missing}")
+    if not any(table[name].any() for name in names):
+        raise UserError(f"{place}: none of the {len(names)} images has a class; docs/data.md says how to give it")
     return TableLabels({name: table[name] for name in names})
 
 
@@ -150,6 +152,8 @@ def annotated_classes(annotation: Path | BinaryIO) -> list[str]:
         raise
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:   # the last two: of its encoding
         raise UserError(f"{annotation}: annotation cannot be read ({error})") from None
+    if (root := tree.getroot().tag) != "annotation":
+        raise UserError(f"{annotation}: is no annotation of VOC, it begins with <{root}>")
     return [(found.findtext("name") or "").strip() for found in tree.getroot().findall("object")]
 
 

@@ -197,6 +197,9 @@ def test_broken_xml_and_sources(tmp_path):
     (tmp_path / "Annotations" / "a.xml").write_text('<?xml version="1.0" encoding="gb2312"?><annotation/>')
     with pytest.raises(UserError, match=r"a\.xml.*cannot be read"):
         load(None, tmp_path)
+    (tmp_path / "Annotations" / "a.xml").write_text('<annotation xmlns="x"><object/></annotation>')
+    with pytest.raises(UserError, match=r"a\.xml: is no annotation of VOC, it begins with <{x}annotation>"):
+        load(None, tmp_path)
     with pytest.raises(UserError, match=r"gone\.json.*data\.image_labels"):
         load("gone.json", tmp_path)
     (tmp_path / "labels.csv").write_text("a,dog")

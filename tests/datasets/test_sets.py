@@ -169,6 +169,9 @@ def test_lines_of_a_list(tiny_voc, text, words):
     ("__ignore__\n_background_\n", "", "utf-8", None),
     ("", "\nBACKGROUND", "utf-8", "'BACKGROUND' is no class"),
     ("# mine\n", "", "utf-8", "'# mine' is no class"),
+    ("names:\n", "", "utf-8", "'names:' is no class"),
+    ("- ", "", "utf-8", "'- aeroplane' is no class"),
+    ("1,", "", "utf-8", "'1,aeroplane' is no class"),
     ("", "\nTV Monitor", "utf-8", "all different, not 'tvmonitor' and 'TV Monitor'"),
     ("", "\nStra\xdfe", "latin-1", "save it as UTF-8"),
     ("", "", "utf-16-le", "save it as UTF-8"),
@@ -209,8 +212,11 @@ def test_image_without_label(tiny_voc):
 
 def test_image_of_no_class_is_allowed(tiny_voc):
     labels = json.loads((tiny_voc / "labels.json").read_text())
-    (tiny_voc / "labels.json").write_text(json.dumps({name: [] for name in labels}))
+    (tiny_voc / "labels.json").write_text(json.dumps({**labels, first_name(tiny_voc, "train_aug"): []}))
     assert build_train_set(config_of(tiny_voc))[0, 0].labels.sum() == 0
+    (tiny_voc / "labels.json").write_text(json.dumps({name: [] for name in labels}))
+    with pytest.raises(UserError, match=r"labels\.json: none of the 8 images has a class"):
+        build_train_set(config_of(tiny_voc))
 
 
 def test_mask_of_another_size(tiny_voc):
