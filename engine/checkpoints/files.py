@@ -19,7 +19,7 @@ from model import METHODS
 from model.backbones.start_weights import check_keys
 from model.method import Released
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import hash_of, replacing
 from utils.log import NAME
 
 STATE = "iter_{:06d}.state.pt"
@@ -131,7 +131,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         weights = load_file(path) if _is_safetensors(path) else torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(weights, dict):
         raise UserError(f"{path}: holds a {type(weights).__name__}, no weights by name")
-    if {"iteration", "optimizer"} <= weights.keys() <= {"iteration", "optimizer", "kind"}:
+    if {"iteration", "optimizer"} <= weights.keys() <= {"iteration", "optimizer", "kind", "weights"}:
         own = WEIGHTS.format(weights["iteration"])
         raise UserError(f"{path}: the state of an interrupted run; its weights are in {own}")
     return weights
@@ -170,8 +170,10 @@ def best_score(folder: Path, kind: str) -> float:
 
 def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> None:
     """Writes weights and state after `iteration` steps; then earlier states go, their weights stay."""
-    save_weights(folder / WEIGHTS.format(iteration), method, {**meta, "iteration": iteration})
+    weights = folder / WEIGHTS.format(iteration)
+    save_weights(weights, method, {**meta, "iteration": iteration})
     state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__}
+    state["weights"] = hash_of(weights)
     with replacing(folder / STATE.format(iteration)) as part:
         torch.save(state, part)
     for path in folder.glob("iter_*.state.pt"):
@@ -199,13 +201,16 @@ def newest_state(folder: Path) -> dict | None:
 
 
 def _read_state(path: Path, iteration: int) -> dict:
-    read_meta(path.with_name(WEIGHTS.format(iteration)))   # raises where they are missing or cut
+    weights = path.with_name(WEIGHTS.format(iteration))
+    read_meta(weights)   # raises where they are missing or cut
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:   # whatever a file that was cut, or is another, makes of it
         raise UserError(f"{path}: not a readable state ({str(error).partition('.')[0] or 'empty'})") from None
     if not isinstance(state, dict) or state.get("iteration") != iteration or "optimizer" not in state:
         raise UserError(f"{path}: not the state of iteration {iteration}")
+    if state.pop("weights", hash_of(weights)) != hash_of(weights):
+        raise UserError(f"{weights}: not what the run wrote with {path.name}")
     return state
 
 

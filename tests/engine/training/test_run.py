@@ -53,6 +53,7 @@ def other_shape(folder):
     (other_shape, f"{STATE} is of another network"),
     (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS}: no such checkpoint: .* another tag"),
     (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:300]), f"{WEIGHTS}: .* cut short"),
+    (lambda folder: save_file(load_file(folder / WEIGHTS), folder / WEIGHTS), f"{WEIGHTS}: not what the run"),
     (lambda folder: (folder / STATE).unlink(), "holds weights, but no state"),
     (lambda folder: [path.unlink() for path in folder.glob("iter_*")], "holds weights, but no state"),
     (lambda folder: shutil.copy(folder / WEIGHTS, folder / BEST), f"{BEST}: holds no validation score of 'regions'"),
@@ -85,6 +86,9 @@ def test_an_earlier_pair_is_taken_and_changes_are_said(root, run):
     meta = read_meta(weights)
     del meta["settings"]["model"]["normalize"]   # as version 0.2 wrote it
     save_file(load_file(weights), weights, {"meta": json.dumps(meta)})
+    state = torch.load(run / "checkpoints" / STATE)
+    del state["weights"]   # the same
+    torch.save(state, run / "checkpoints" / STATE)
     for name in (STATE, WEIGHTS):   # a copy is the state of another iteration
         shutil.copy(run / "checkpoints" / name, run / "checkpoints" / name.replace("6", "7"))
     tiny.train_toy(root, run.parent, "resume=auto", "train.iterations=7", "train.log_every=5", "evaluate.bkg=0.4")
