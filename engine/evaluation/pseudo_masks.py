@@ -43,10 +43,13 @@ def folder_table(folder: Path, config: RunConfig, split: str, bkg: float | None 
     Raises UserError where files are missing, or cannot be scored.
     """
     dataset = build_image_set(config, split)
+    if bkg is not None and not 0 <= bkg <= 1:
+        raise UserError(f"--bkg {bkg}: expected 0 to 1")
     paths = [path for path in folder.iterdir() if path.suffix in (".png", ".npy")]
     files, kinds = {path.stem: path for path in paths}, sorted({path.suffix for path in paths})
     if len(kinds) != 1 or (kinds == [".png"] and bkg is not None):
-        raise UserError(f"{folder}: expected .png files alone, or .npy files alone for --bkg; holds {kinds}")
+        what = f"expected .png files alone right in it, or .npy files alone for --bkg; holds {kinds}"
+        raise UserError(f"{folder}: {what}")
     names = [sample.name for sample in dataset.samples if sample.mask is not None]
     missing, others = [name for name in names if name not in files], sorted(files.keys() - {*dataset.names})
     if missing:
@@ -58,7 +61,7 @@ def folder_table(folder: Path, config: RunConfig, split: str, bkg: float | None 
     heading += f", background {bkg:g}" if kinds == [".npy"] else ""
     heading += f", {_unsure(matrix, left_out)}" if left_out else ""
     heading += f", {len(others)} files of other images left aside" if others else ""
-    return table(scores_of(matrix, split), ("background", *dataset.classes), heading)
+    return table(scores_of(matrix, f"{split}, {folder}"), ("background", *dataset.classes), heading)
 
 
 def score_files(

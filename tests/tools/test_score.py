@@ -58,8 +58,9 @@ def test_true_masks_are_right_and_others_left_aside(tiny_voc, masks, capsys):
     shutil.copy(masks / "tiny_008.png", masks / "other.png")
     paths, arguments = list(masks.iterdir()), [str(masks), f"data.root={tiny_voc}", "--split", "val"]
     score.main(arguments)
-    with pytest.raises(UserError, match="alone for --bkg"):
-        score.main([*arguments, "--bkg", "0.3"])
+    for bkg, words in (("0.3", "alone for --bkg"), ("nan", "--bkg nan: expected 0 to 1")):
+        with pytest.raises(UserError, match=words):
+            score.main([*arguments, "--bkg", bkg])
     for path in paths:
         ids = np.array(Image.open(path))
         maps = [ids == k for k in np.unique(ids)[1:]]
