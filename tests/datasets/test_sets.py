@@ -185,29 +185,18 @@ def test_classes_txt(tiny_voc, first, last, encoding, words):
             build_train_set(config_of(tiny_voc))
 
 
-def test_unknown_split(tiny_voc):
-    with pytest.raises(UserError, match=r"'trian' not found.*trian\.txt"):
-        build_val_set(config_of(tiny_voc), "trian")
-
-
-def test_missing_image(tiny_voc):
-    name = first_name(tiny_voc, "train_aug")
-    (tiny_voc / "JPEGImages" / f"{name}.jpg").unlink()
-    with pytest.raises(UserError, match=rf"{name}\.jpg: image of .*train_aug\.txt is missing"):
-        build_train_set(config_of(tiny_voc))
-
-
-def test_truncated_image(tiny_voc):
-    path = tiny_voc / "JPEGImages" / f"{first_name(tiny_voc, 'train_aug')}.jpg"
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(UserError, match=path.name):
-        build_train_set(config_of(tiny_voc))[0, 0]
-
-
-def test_image_without_label(tiny_voc):
-    (tiny_voc / "labels.json").write_text("{}")
-    with pytest.raises(UserError, match=f"no labels for image {first_name(tiny_voc, 'train_aug')}"):
-        build_train_set(config_of(tiny_voc))
+@pytest.mark.parametrize(("spoil", "split", "words"), [
+    (lambda image, mask: image.unlink(), "train_aug", r"{}\.jpg: image of .*train_aug\.txt is missing"),
+    (lambda image, mask: image.write_bytes(image.read_bytes()[:500]), "train_aug", r"{}\.jpg"),
+    (lambda image, mask: (image.parents[1] / "labels.json").write_text("{}"), "train_aug", "no labels for image {}"),
+    (lambda image, mask: write_label_png(mask, np.zeros((10, 11))), "val", r"{0}\.png is 11x10, .*{0}\.jpg is 64x"),
+    (lambda image, mask: write_label_png(mask, np.full((10, 11), 33)), "val", r"{}\.png: mask holds id 33"),
+])
+def test_files_that_are_wrong(tiny_voc, spoil, split, words):
+    name = first_name(tiny_voc, split)
+    spoil(tiny_voc / "JPEGImages" / f"{name}.jpg", tiny_voc / "SegmentationClassAug" / f"{name}.png")
+    with pytest.raises(UserError, match=words.format(name)):
+        build_train_set(config_of(tiny_voc))[0, 0] if split != "val" else build_val_set(config_of(tiny_voc))[0]
 
 
 def test_image_of_no_class_is_allowed(tiny_voc):
@@ -217,23 +206,6 @@ def test_image_of_no_class_is_allowed(tiny_voc):
     (tiny_voc / "labels.json").write_text(json.dumps({name: [] for name in labels}))
     with pytest.raises(UserError, match=r"labels\.json: none of the 8 images has a class"):
         build_train_set(config_of(tiny_voc))
-
-
-def test_mask_of_another_size(tiny_voc):
-    name = first_name(tiny_voc, "val")
-    write_label_png(tiny_voc / "SegmentationClassAug" / f"{name}.png", np.zeros((10, 11), np.uint8))
-    with pytest.raises(UserError, match=rf"{name}\.png is 11x10, but its image .*{name}\.jpg is 64x"):
-        build_val_set(config_of(tiny_voc))[0]
-
-
-def test_mask_id_out_of_range(tiny_voc):
-    name = first_name(tiny_voc, "val")
-    path = tiny_voc / "SegmentationClassAug" / f"{name}.png"
-    ids = np.array(Image.open(path))
-    ids[0, 0] = 33
-    Image.fromarray(ids).save(path)
-    with pytest.raises(UserError, match=rf"{name}\.png: mask holds id 33"):
-        build_val_set(config_of(tiny_voc))[0]
 
 
 def test_own_classes(tiny_voc):
@@ -282,9 +254,6 @@ def test_coco_mistakes(tiny_coco):
         build_train_set(config)
     (tiny_coco / "train.txt").write_text("2007_000032")
     with pytest.raises(UserError, match=r"train\.txt: '2007_000032' is no COCO image name"):
-        build_train_set(config)
-    (tiny_coco / "train.txt").write_text("")
-    with pytest.raises(UserError, match=r"train\.txt: the split is empty"):
         build_train_set(config)
 
 
