@@ -3,8 +3,11 @@
 import importlib
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,6 +71,17 @@ def train_toy(root: Path, output: Path, *more: str) -> None:
         "data.workers=0", "train.log_every=1", "train.checkpoint_every=2", "train.picture_every=3",
         "train.validate_every=4", *more,
     ])
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file can become larger than `size` bytes: what writes fails as on a full disk, naming no file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def last_weights(run: Path, iteration: int = ITERATIONS) -> Path:

@@ -8,7 +8,6 @@ import logging
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import tarfile
 import time
@@ -22,6 +21,7 @@ import pytest
 import torch
 from safetensors.numpy import save
 
+from tests import tiny
 from tests.faulty_server import Answer, FaultyServer
 from utils import download, transfer
 from utils.download import Entry, check, fetch, obtain, registry
@@ -415,12 +415,8 @@ def test_a_full_disk(server, tmp_path, waits, monkeypatch):
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
         assert_refused(entry(server), tmp_path, waits, str(tmp_path), "300000 bytes are to come, 1000 are free")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
-    try:
+    with tiny.full_disk(150_000):
         assert_refused(entry(server), tmp_path, waits, str(tmp_path / "file.bin"), "File too large")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_right(entry(server), tmp_path, waits)
 
 

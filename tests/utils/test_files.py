@@ -1,8 +1,6 @@
 """Files are whole or not there, whoever else writes them and whatever stops the writing."""
 
 import os
-import resource
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,23 +9,13 @@ from safetensors.torch import save_file
 
 from engine.evaluation.results import append_results
 from engine.inference.pictures import save_picture
+from tests import tiny
 from utils.config import save_yaml
 from utils.errors import UserError
 from utils.files import fresh_name, replacing
 from utils.log import MetricsWriter, setup_logger
 
 NOISE = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
-
-
-@contextmanager
-def full():
-    """No file can become larger than 9000 bytes: what writes fails as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def replaced(path, write):
@@ -47,7 +35,7 @@ def replaced(path, write):
 ])
 def test_a_full_disk_is_one_line_with_the_file(tmp_path, name, write, monkeypatch):
     monkeypatch.setattr("utils.log._ConsoleHandler.emit", lambda *_: None)
-    with full(), pytest.raises(UserError) as caught:
+    with tiny.full_disk(9000), pytest.raises(UserError) as caught:
         write(tmp_path / name)
     assert str(caught.value) == f"{tmp_path / name}: File too large"
     if name not in ("metrics.jsonl", "train.log"):   # these grow line by line

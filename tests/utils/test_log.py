@@ -3,16 +3,9 @@
 import json
 
 import numpy as np
-import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.log import MetricsWriter, close_logger, read_metrics, setup_logger
-
-
-@pytest.fixture(autouse=True)
-def no_handlers_left():
-    yield
-    close_logger()
+from utils.log import MetricsWriter, read_metrics, setup_logger
 
 
 def test_log_goes_to_stdout_and_file(tmp_path, capsys):

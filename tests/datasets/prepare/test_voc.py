@@ -5,7 +5,6 @@ import fcntl
 import hashlib
 import json
 import multiprocessing
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from datasets.prepare import voc
 from datasets.prepare.sources import Blob
 from datasets.voc import CLASSES
 from engine.config import load_config
+from tests import tiny
 from tests.datasets.prepare import devkit
 from tools import prepare_voc
 from utils.errors import UserError
@@ -337,15 +337,9 @@ def test_two_calls_at_once(prepared, archives):
 
 
 def test_a_full_disk_is_named(archives, tmp_path):
-    """A limit on the size of files stands for it: writing fails without a file's name in the error."""
     out = tmp_path / "out"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"out/.*: File too large"):
-            prepare_voc.main(arguments(out, archives, "SegmentationClassAug.zip"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with tiny.full_disk(600), pytest.raises(UserError, match=r"out/.*: File too large"):
+        prepare_voc.main(arguments(out, archives, "SegmentationClassAug.zip"))
     assert not [path for path in out.rglob("*") if path.is_file() and path.name != ".preparing.jsonl"]
 
 
