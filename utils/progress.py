@@ -1,12 +1,14 @@
 """A progress bar for people, and its last states as lines of a log file."""
 
 import sys
+import threading
 import time
 from typing import TextIO
 
 from tqdm import tqdm
 
 PAUSE = 30   # seconds between two lines
+tqdm.set_lock(threading.RLock())   # its own is shared with forked processes: one that is killed would leave it taken
 
 
 class _Lines:

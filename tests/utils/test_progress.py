@@ -1,6 +1,30 @@
 """A log file gets lines, now and then."""
 
+import multiprocessing
+import threading
+import time
+
 from utils import progress
+
+
+def test_a_killed_process_leaves_no_bar_waiting(capsys):
+    def hold(taken):
+        progress.tqdm.get_lock().acquire()
+        taken.set()
+        time.sleep(60)
+
+    list(progress.progress_bar(range(2)))
+    context = multiprocessing.get_context("fork")
+    taken = context.Event()
+    process = context.Process(target=hold, args=(taken,))
+    process.start()
+    assert taken.wait(20)
+    process.kill()
+    process.join()
+    drawing = threading.Thread(target=lambda: list(progress.progress_bar(range(2))), daemon=True)
+    drawing.start()
+    drawing.join(10)
+    assert not drawing.is_alive()
 
 
 def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
