@@ -10,7 +10,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +40,13 @@ VAL_SHARE = 0.1
 
 
 class Row(NamedTuple):
-    """A line of the table: where it stands, what it calls the image, the classes."""
+    """A line of the table: where it stands, what it calls the image, the classes; columns: all that a table of 0 and 1
+    has, in their order."""
 
     where: str
     image: str
     classes: list[str]
+    columns: Sequence[str] = ()
 
 
 def find_files(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Path]:
@@ -72,7 +74,8 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     rows = list(_rows_of_cells(path))
-    columns = _columns(rows)
+    of_values = any(VALUE.fullmatch(cell) for row in rows[1:] for cell in row.classes)
+    columns = rows[0].classes if of_values else []
     if len({*columns}) < len(columns) or any(VALUE.fullmatch(name) or name.lower() in LISTS for name in columns):
         raise UserError(f"{path}: values such as 0 and 1 need a first row with the names of the classes, all different")
     has_heading = columns or (rows and rows[0].image.lower() in HEADINGS)
@@ -82,12 +85,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     for row in rows[1:] if has_heading else rows:
         if not row.image:
             raise UserError(f"{row.where}: no image in the first column")
-        yield row._replace(classes=_of_values(row, columns) if columns else _of_names(row))
-
-
-def _columns(rows: list[Row]) -> list[str]:
-    """The classes that the first row names, where the others hold values such as 0 and 1."""
-    return rows[0].classes if any(VALUE.fullmatch(cell) for row in rows[1:] for cell in row.classes) else []
+        yield row._replace(classes=_of_values(row, columns) if columns else _of_names(row), columns=columns)
 
 
 def _rows_of_cells(path: Path) -> Iterator[Row]:
@@ -129,12 +127,18 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield Row(f"{path}, image {image}", image, [name.strip() for name in classes])
 
 
-def read_table(path: Path, folder: Path, images: dict[str, Path], classes: list[str] | None) -> dict[str, list[str]]:
-    """The classes of every image, by its stem. Raises UserError for unknown images and classes, naming the line, and
-    for images without a row."""
+def read_table(
+    path: Path, folder: Path, images: dict[str, Path], classes: list[str] | None
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The classes of every image, by its stem; and `classes`, those of the table where it is None.
+
+    Raises UserError for unknown images and classes, naming the line, and for images without a row.
+    """
     stems = _ways_to_say(folder, images)
     table: dict[str, list[str]] = {}
+    columns: Sequence[str] = ()
     for row in read_rows(path):
+        columns = row.columns
         if row.image not in stems:
             raise UserError(f"{row.where}: {folder} has no image {row.image!r}{did_you_mean(row.image, stems)}")
         present = table.setdefault(stems[row.image], [])
@@ -148,7 +152,10 @@ def read_table(path: Path, folder: Path, images: dict[str, Path], classes: list[
     missing = sorted(set(images) - set(table))
     if missing:
         raise UserError(f"{path}: no classes of {len(missing)} images: {name_some(str(images[m]) for m in missing)}")
-    return table
+    if classes is None:
+        named = [name for name in columns if reserved(name) != BACKGROUND]
+        classes = list(class_list(named or sorted({name for names in table.values() for name in names}), path))
+    return table, classes
 
 
 def _ways_to_say(folder: Path, images: dict[str, Path]) -> dict[str, str]:
@@ -269,11 +276,7 @@ def prepare(options: argparse.Namespace) -> None:
     classes = choose_classes(parse_classes(options.classes), ids, options.masks is not None)
     images = find_files(options.images, IMAGES, "images")
     masks = find_files(options.masks, (".png",), "masks") if options.masks else {}
-    table = read_table(options.labels, options.images, images, classes)
-    if classes is None:
-        columns = [] if options.labels.suffix.lower() == ".json" else _columns(list(_rows_of_cells(options.labels)))
-        columns = [name for name in columns if reserved(name) != BACKGROUND]
-        classes = list(class_list(columns or sorted({n for names in table.values() for n in names}), options.labels))
+    table, classes = read_table(options.labels, options.images, images, classes)
     if masks and not masks.keys() & images.keys():
         raise UserError(f"{options.masks}: no mask has the name of an image, such as {next(iter(images))}.png")
     if len(classes) > MOST_CLASSES:
