@@ -8,8 +8,6 @@ from utils.errors import UserError
 BACKGROUND, IGNORED = "background", "ignore"
 _SPELLINGS = {"background": BACKGROUND, "bg": BACKGROUND}
 _SPELLINGS |= dict.fromkeys(("ignore", "ignored", "void", "unlabeled", "unlabelled"), IGNORED)
-
-
 # of YAML and JSON, of tables with ids or colours, comments
 _FOREIGN = re.compile(r"""[-"'\[{#]|\d+ *[:,]|.*[,\t]|.*:$|\.*$""")
 

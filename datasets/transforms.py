@@ -16,6 +16,7 @@ from torchvision.transforms import functional as F
 from datasets.config import Data
 from utils.images import normalize
 
+BLACK = normalize(np.zeros((1, 1, 3), np.uint8))   # (3, 1, 1)
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 
 
@@ -70,7 +71,7 @@ class ScaleAndPad:
 
     def _pad_or_crop(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(3, h, w) -> (3, S, S) and valid (S, S): a random window of a long side, a random place of a short one."""
-        crop = normalize(np.zeros((self.crop_size, self.crop_size, 3), np.uint8))
+        crop = BLACK.expand(3, self.crop_size, self.crop_size).clone()
         valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
         source, target = zip(*(self._window(side) for side in image.shape[1:]), strict=True)
         crop[:, target[0], target[1]] = image[:, source[0], source[1]]

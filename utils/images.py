@@ -139,7 +139,7 @@ def label_png(label_map: np.ndarray) -> bytes:
 def write_label_png(path: str | Path, label_map: np.ndarray) -> None:
     """Write ids uint8 (H, W) as a palette PNG in the VOC colours; makes the folder."""
     with replacing(path, durable=False) as part:
-        label_image(label_map).save(part, "PNG")
+        part.write_bytes(label_png(label_map))
 
 
 def colorize(label_map: np.ndarray) -> np.ndarray:

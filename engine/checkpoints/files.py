@@ -209,7 +209,7 @@ def _read_state(path: Path, iteration: int) -> dict:
         raise UserError(f"{path}: not a readable state ({str(error).partition('.')[0] or 'empty'})") from None
     if not isinstance(state, dict) or state.get("iteration") != iteration or "optimizer" not in state:
         raise UserError(f"{path}: not the state of iteration {iteration}")
-    if state.pop("weights", hash_of(weights)) != hash_of(weights):
+    if "weights" in state and state["weights"] != hash_of(weights):   # earlier states do not say it
         raise UserError(f"{weights}: not what the run wrote with {path.name}")
     return state
 
