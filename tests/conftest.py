@@ -50,10 +50,10 @@ def tiny_voc(tmp_path: Path) -> Path:
     return _make_tiny_voc(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def make_tiny_voc():
-    """`_make_tiny_voc`, for fixtures that live longer than one test."""
-    return _make_tiny_voc
+@pytest.fixture(scope="module")
+def voc_root(tmp_path_factory) -> Path:
+    """The same, once for all tests of a file, which leave it as it is."""
+    return _make_tiny_voc(tmp_path_factory.mktemp("data"))
 
 
 def _make_tiny_voc(folder: Path) -> Path:

@@ -22,15 +22,10 @@ def terms(run):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, make_tiny_voc):
-    return make_tiny_voc(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def run(root, tmp_path_factory):
+def run(voc_root, tmp_path_factory):
     """One finished run."""
     output = tmp_path_factory.mktemp("runs")
-    done = tiny.train(root, output)
+    done = tiny.train(voc_root, output)
     assert done.returncode == 0, done.stderr
     return output / "tiny"
 
@@ -68,11 +63,11 @@ def test_evaluation_on_one_and_on_two_processes(run):
     assert first == second
 
 
-def test_two_processes_follow_one(root, run, tmp_path):
+def test_two_processes_follow_one(voc_root, run, tmp_path):
     """The same global batches: 20 steps on two gloo processes stay within 1e-5 of one process."""
     steps = ["train.iterations=20", "train.validate_every=20", "train.lr=1e-4"]
     for count in (1, 2):
-        done = tiny.train(root, tmp_path, *steps, tag=f"on_{count}", count=count)
+        done = tiny.train(voc_root, tmp_path, *steps, tag=f"on_{count}", count=count)
         assert done.returncode == 0, done.stderr
     one, two = terms(tmp_path / "on_1"), terms(tmp_path / "on_2")
     assert len(one) == len(two) == 20
@@ -80,9 +75,10 @@ def test_two_processes_follow_one(root, run, tmp_path):
         assert shared == pytest.approx(alone, rel=1e-5, abs=1e-7)
 
 
-def test_an_interrupted_run_goes_on_to_the_last_bit(root, run, tmp_path):
-    settings = [f"data.root={root}", f"output={tmp_path}", *tiny.SETTINGS, "resume=auto", "train.checkpoint_every=2"]
+def test_an_interrupted_run_goes_on_to_the_last_bit(voc_root, run, tmp_path):
+    settings = [f"data.root={voc_root}", f"output={tmp_path}", *tiny.SETTINGS, "resume=auto"]
     command = ["bash", "run_train.sh", "scripts/train_voc.py", "cpu", "1", "auto", "tiny", *settings]
+    command.append("train.checkpoint_every=2")
     process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not list((tmp_path / "tiny" / "checkpoints").glob("*.state.pt")) and time.time() < deadline:
@@ -90,7 +86,7 @@ def test_an_interrupted_run_goes_on_to_the_last_bit(root, run, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert not tiny.last_weights(tmp_path / "tiny").exists(), "the run was over before it was interrupted"
-    done = tiny.train(root, tmp_path, "resume=auto", "train.checkpoint_every=2")
+    done = tiny.train(voc_root, tmp_path, "resume=auto", "train.checkpoint_every=2")
     assert done.returncode == 0, done.stderr
     assert "resumed after iteration" in done.stdout
     assert terms(tmp_path / "tiny") == terms(run)
@@ -98,13 +94,13 @@ def test_an_interrupted_run_goes_on_to_the_last_bit(root, run, tmp_path):
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
-def test_a_second_run_of_the_same_tag_needs_resume(root, run):
-    done = tiny.train(root, run.parent)
+def test_a_second_run_of_the_same_tag_needs_resume(voc_root, run):
+    done = tiny.train(voc_root, run.parent)
     assert done.returncode == 2
     assert "resume=auto" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_from_another_folder(root, run, tmp_path):
-    done = tiny.train(root, "here", cwd=tmp_path)
+def test_from_another_folder(voc_root, run, tmp_path):
+    done = tiny.train(voc_root, "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert terms(tmp_path / "here" / "tiny") == terms(run)

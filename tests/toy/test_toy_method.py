@@ -27,13 +27,12 @@ def registered(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def run(make_tiny_voc, tmp_path_factory):
+def run(voc_root, tmp_path_factory):
     """(root, run): tiny images, and a run of the toy method on them."""
     folder = tmp_path_factory.mktemp("toy")
-    root = make_tiny_voc(folder)
     METHODS["toy"] = method.Toy
-    tiny.train_toy(root, folder / "runs")
-    return root, folder / "runs" / "toy"
+    tiny.train_toy(voc_root, folder / "runs")
+    return voc_root, folder / "runs" / "toy"
 
 
 def weights(run: Path) -> Path:

@@ -30,12 +30,11 @@ FILES = {"README.md", "config.yaml", "metrics.jsonl", "registry_row.yaml", "resu
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, make_tiny_voc):
+def run(tmp_path_factory, voc_root):
     """A finished run of 2 iterations in a folder with spaces in its name, scored once."""
     folder = tmp_path_factory.mktemp("of me")
-    root = make_tiny_voc(folder)
     settings = [*tiny.SETTINGS, "train.iterations=2", "train.validate_every=2", "train.checkpoint_every=1"]
-    settings += [f"data.root={root}", f"output={folder / 'my runs'}", "tag=tiny", "pseudo_labels.par_iterations=1"]
+    settings += [f"data.root={voc_root}", f"output={folder / 'my runs'}", "tag=tiny", "pseudo_labels.par_iterations=1"]
     config = load_config("more_voc", settings)
     path = train(config, RANKS)
     close_logger()

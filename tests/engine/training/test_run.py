@@ -23,14 +23,9 @@ HOLD = "import sys, pathlib, utils.processes as p; f = p.lock(pathlib.Path(sys.a
 
 
 @pytest.fixture(scope="module")
-def root(make_tiny_voc, tmp_path_factory):
-    return make_tiny_voc(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def finished(root, tmp_path_factory):
+def finished(voc_root, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs")
-    tiny.train_toy(root, output)
+    tiny.train_toy(voc_root, output)
     return output / "toy"
 
 
@@ -58,13 +53,13 @@ def other_shape(folder):
     (lambda folder: [path.unlink() for path in folder.glob("iter_*")], "holds weights, but no state"),
     (lambda folder: shutil.copy(folder / WEIGHTS, folder / BEST), f"{BEST}: holds no validation score of 'regions'"),
 ])
-def test_what_is_not_whole_is_named_and_left_alone(root, run, fault, words):
+def test_what_is_not_whole_is_named_and_left_alone(voc_root, run, fault, words):
     fault(run / "checkpoints")
     before = {path: path.read_bytes() for path in run.rglob("[!.]*.[!l]*") if path.is_file()}   # not the log
     with pytest.raises(UserError, match=words):
-        tiny.train_toy(root, run.parent, "resume=auto")
+        tiny.train_toy(voc_root, run.parent, "resume=auto")
     with pytest.raises(UserError, match="holds a run already"):
-        tiny.train_toy(root, run.parent)
+        tiny.train_toy(voc_root, run.parent)
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
@@ -75,13 +70,13 @@ def test_what_is_not_whole_is_named_and_left_alone(root, run, fault, words):
     ("data.train_split=val", "data.train_split = val, was train_aug; 4 training images of another list, were 8"),
     ("train.iterations=4", "6 iterations are done: give train.iterations=6 or more"),
 ])
-def test_another_run_is_refused(root, run, override, words):
+def test_another_run_is_refused(voc_root, run, override, words):
     with pytest.raises(UserError, match=words):
-        tiny.train_toy(root, run.parent, "resume=auto", override)
+        tiny.train_toy(voc_root, run.parent, "resume=auto", override)
     assert read_yaml(run / "config.yaml")["train"]["batch_size"] == "4"
 
 
-def test_an_earlier_pair_is_taken_and_changes_are_said(root, run):
+def test_an_earlier_pair_is_taken_and_changes_are_said(voc_root, run):
     weights = run / "checkpoints" / WEIGHTS
     meta = read_meta(weights)
     del meta["settings"]["model"]["normalize"]   # as version 0.2 wrote it
@@ -91,29 +86,29 @@ def test_an_earlier_pair_is_taken_and_changes_are_said(root, run):
     torch.save(state, run / "checkpoints" / STATE)
     for name in (STATE, WEIGHTS):   # a copy is the state of another iteration
         shutil.copy(run / "checkpoints" / name, run / "checkpoints" / name.replace("6", "7"))
-    tiny.train_toy(root, run.parent, "resume=auto", "train.iterations=7", "train.log_every=5", "evaluate.bkg=0.4")
+    tiny.train_toy(voc_root, run.parent, "resume=auto", "train.iterations=7", "train.log_every=5", "evaluate.bkg=0.4")
     log = (run / "train.log").read_text()
     assert "iter_000007.state.pt: not the state of iteration 7; an " in log and "after iteration 6; changed: " in log
     assert "train.iterations = 7, was null" in log and "evaluate.bkg = 0.4, was 0.5" in log
     assert read_yaml(run / "config.yaml")["train"]["iterations"] == "7"
 
 
-def test_a_run_that_ended_before_its_first_state_begins_anew(root, run):
+def test_a_run_that_ended_before_its_first_state_begins_anew(voc_root, run):
     """Its first was to come after the last iteration, but there are weights of a validation before."""
     for path in run.glob("checkpoints/iter_*"):
         path.unlink()
-    tiny.train_toy(root, run.parent, "resume=auto", "train.checkpoint_every=6")
+    tiny.train_toy(voc_root, run.parent, "resume=auto", "train.checkpoint_every=6")
     assert "the run begins anew" in (run / "train.log").read_text()
     assert len(read_metrics(run / "metrics.jsonl")) == 8 and (run / "checkpoints" / STATE).is_file()
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_validation_that_was_cut_off_is_made_up(root, finished, tmp_path, monkeypatch, number):
+def test_a_validation_that_was_cut_off_is_made_up(voc_root, finished, tmp_path, monkeypatch, number):
     with monkeypatch.context() as patch, pytest.raises(StopIteration):
         done = iter([train.validate] * (number - 1))
         patch.setattr(train, "validate", lambda *arguments: next(done)(*arguments))
-        tiny.train_toy(root, tmp_path)
-    tiny.train_toy(root, tmp_path, "resume=auto")
+        tiny.train_toy(voc_root, tmp_path)
+    tiny.train_toy(voc_root, tmp_path, "resume=auto")
     found, expected = (
         ([(line["iteration"], line.get("val/regions")) for line in read_metrics(folder / "metrics.jsonl")],
          {name: read_meta(folder / "checkpoints" / BEST)[name] for name in ("val", "iteration")})
@@ -123,7 +118,7 @@ def test_a_validation_that_was_cut_off_is_made_up(root, finished, tmp_path, monk
 
 
 @pytest.mark.parametrize("every, kept", [(2, ["iter_000002.state.pt", "iter_000002.weights.safetensors"]), (9, [])])
-def test_what_is_not_finite_is_never_kept(root, tmp_path, monkeypatch, every, kept):
+def test_what_is_not_finite_is_never_kept(voc_root, tmp_path, monkeypatch, every, kept):
     """The fourth step, of a checkpoint and a validation, has finite losses and one gradient that is not."""
     def losses(self, batch, iteration):
         terms = right(self, batch, iteration)
@@ -132,27 +127,27 @@ def test_what_is_not_finite_is_never_kept(root, tmp_path, monkeypatch, every, ke
     right = method.Toy.losses
     monkeypatch.setattr(method.Toy, "losses", losses)
     with pytest.raises(UserError, match="parameter head.bias is not finite at iteration 4; the checkpoints stay"):
-        tiny.train_toy(root, tmp_path, f"train.checkpoint_every={every}")
+        tiny.train_toy(voc_root, tmp_path, f"train.checkpoint_every={every}")
     assert sorted(path.name for path in (tmp_path / "toy").glob("checkpoints/*")) == kept
 
 
 @pytest.mark.parametrize("loads", ["engine.training.run.load_start_weights", "engine.checkpoints.files.load_weights"])
-def test_weights_are_loaded_before_the_processes_share_them(root, run, monkeypatch, loads):
+def test_weights_are_loaded_before_the_processes_share_them(voc_root, run, monkeypatch, loads):
     """DDP gives every process the first one's parameters when it wraps them, and never again."""
     order = []
     monkeypatch.setattr(loads, lambda *arguments: order.append("weights"))
     monkeypatch.setattr(train, "Trainer", lambda *arguments: order.append("DDP") or Trainer(*arguments))
-    tiny.train_toy(root, run.parent, "tag=new" if "start" in loads else "resume=auto")
+    tiny.train_toy(voc_root, run.parent, "tag=new" if "start" in loads else "resume=auto")
     assert order == ["weights", "DDP"]
 
 
-def test_one_training_at_a_time_and_nothing_to_resume(root, tmp_path):
+def test_one_training_at_a_time_and_nothing_to_resume(voc_root, tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "toy")]
     other = subprocess.Popen(command, cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
     with pytest.raises(UserError, match=f"toy: process {other.pid} of .* trains here"):
-        tiny.train_toy(root, tmp_path, "resume=auto")
+        tiny.train_toy(voc_root, tmp_path, "resume=auto")
     other.kill()
     other.communicate()
-    tiny.train_toy(root, tmp_path, "resume=auto", "train.iterations=1", "data.val_split=null")
+    tiny.train_toy(voc_root, tmp_path, "resume=auto", "train.iterations=1", "data.val_split=null")
     assert "no checkpoint in " in (tmp_path / "toy" / "train.log").read_text()
