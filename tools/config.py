@@ -18,8 +18,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("settings", nargs="*", default=[], metavar="key=value", help="on top of it")
     options = parser.parse_args(argv)
     layers = layers_of(options.name, options.settings)
-    lines = (f"{key}: {shown(value)}   # {source}" for key, value, source in layers.described(layers.resolve()))
-    print("\n".join(lines).replace(f"{ROOT}/", ""))   # in one piece, for `| head`
+    lines = (f"{key}: {shown(value)}   # {source}\n" for key, value, source in layers.described(layers.resolve()))
+    print("".join(lines).replace(f"{ROOT}/", ""), end="")   # in one piece, for `| head`
 
 
 if __name__ == "__main__":
