@@ -43,7 +43,7 @@ from engine.training.step import Trainer
 from model.losses.ratio import local_ratio
 from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
 from model.more.method import MoRe
-from model.pseudo_labels import refined_labels
+from model.pseudo_labels import present_first, refined_labels
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.images import read_rgb
@@ -277,6 +277,10 @@ def part_rivals(options: argparse.Namespace, batch: int, side: int) -> dict[str,
     labels = torch.where(blobs > 0.52, 255, torch.where(blobs > 0.45, first, 0))
     outputs = plain_step.Outputs(*(None,) * 3, tokens, patches, None)
 
+    def refine() -> Tensor:
+        present = present_first(given.labels, given.most_classes)
+        return refined_labels(present.of(cam), present, image, *settings)
+
     def refine_plainly() -> Tensor:
         triples = zip(cam, given.labels, image, strict=True)
         return torch.stack([plain_step.plain_pixel_labels(*one, *settings) for one in triples])
@@ -291,13 +295,13 @@ def part_rivals(options: argparse.Namespace, batch: int, side: int) -> dict[str,
         return plain_step.plain_uncertain_loss(outputs, places, given.labels)
 
     def certain() -> Tensor:
-        return certain_loss(tokens, patches, labels, given.labels, 0.5, most=given.most_classes)
+        return certain_loss(tokens, patches, labels, present_first(given.labels, given.most_classes), 0.5)
 
     def certain_plainly() -> Tensor:
         return plain_step.plain_certain_loss(outputs, labels, given.labels, 0.5)
 
     return {
-        "refine": (lambda: refined_labels(cam, given.labels, image, *settings, given.most_classes), refine_plainly),
+        "refine": (refine, refine_plainly),
         "uncertain": (sampled, sampled_plainly),
         "certain": (certain, certain_plainly),
     }

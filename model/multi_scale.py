@@ -22,7 +22,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def full_precision(x: Tensor) -> Tensor:
     """x in fp32 where autocast made it bf16 or half; fp64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def with_flip(images: Tensor, flip: bool) -> Tensor:
@@ -70,12 +70,13 @@ def fused_maps(
     kinds: Mapping[str, tuple[MapPlan, Fusion]],
     coarse_maps: Callable[[Tensor, Collection[str]], dict[str, Tensor]],
     known: Mapping[str, Tensor] | None = None,
+    chosen: Callable[[Tensor], Tensor] = lambda maps: maps,
 ) -> dict[str, Tensor]:
     """Maps (B, C, H, W) of several kinds, at the size of `images`; an input that several kinds need is computed once.
 
     kinds: for each how it is made and fused; scales are summed in the order in which the kinds first need them.
     coarse_maps: images and kinds -> a map (B, C, h, w) of each. known: coarse_maps of the images themselves, where the
-    caller has them already.
+    caller has them already. chosen: picks the channels that are wanted of coarse maps, before these are enlarged.
     """
     # an input, by the side of the square it is made from (None: from the image itself) and its size -> who needs it
     views: dict[tuple[int | None, int, int], list[str]] = {}
@@ -93,7 +94,7 @@ def fused_maps(
         for kind in needed:
             plan, fusion = kinds[kind]
             out = (plan.side,) * 2 if plan.side and fusion.from_square else images.shape[-2:]
-            maps = resize(full_precision(raw[kind] if plan.flip else raw[kind][: len(images)]), out)
+            maps = resize(full_precision(chosen(raw[kind] if plan.flip else raw[kind][: len(images)])), out)
             maps = fusion.each(merge_flip(maps, plan.flip, fusion.flip))
             total[kind] = fusion.scales(total[kind], maps) if kind in total else maps
     return {kind: resize(fusion.last(total[kind]), images.shape[-2:]) for kind, (_, fusion) in kinds.items()}

@@ -1,6 +1,7 @@
 """From localisation maps to pseudo labels, at token and at pixel level. 0 background, 1..K classes, 255 ignored."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +13,41 @@ from utils.batch import most_classes
 from utils.images import IGNORE
 
 
-def threshold(maps: Tensor, labels: Tensor, high: float, low: float) -> Tensor:
+class Present(NamedTuple):
+    """Of each image M of the K classes: `classes` int64 (B, M); `there`, bool (B, M), whether the image has them."""
+
+    classes: Tensor
+    there: Tensor
+
+    def of(self, maps: Tensor) -> Tensor:
+        """The maps of these classes: (B, K, h, w), or those of several views behind each other, -> (B, M, h, w)."""
+        classes = self.classes.repeat(len(maps) // len(self.classes), 1)
+        return maps.gather(1, classes[:, :, None, None].expand(-1, -1, *maps.shape[2:]))
+
+
+def present_first(labels: Tensor, most: int | None = None) -> Present:
+    """Of multi-hot (B, K) the first M classes of each image, present ones first, in the order of their ids.
+
+    most: M, where the caller knows it; None: `most_classes`.
+    """
+    most = most_classes(labels) if most is None else most
+    classes = labels.argsort(dim=1, descending=True, stable=True)[:, :most]
+    return Present(classes, labels.gather(1, classes) > 0)
+
+
+def threshold(maps: Tensor, present: Present, high: float, low: float) -> Tensor:
     """Label map int64 (B, H, W): the strongest present class; values <= high are ignored, values <= low background.
 
-    maps: (B, K, H, W) in [0, 1]. labels: (B, K) multi-hot. With high == low nothing is ignored.
+    maps: (B, M, H, W) in [0, 1]. With high == low nothing is ignored.
     """
-    value, label = (maps * labels[:, :, None, None]).max(1)
-    return (label + 1).masked_fill_(value <= high, IGNORE).masked_fill_(value <= low, 0)
+    value, index = (maps * present.there[:, :, None, None]).max(1)
+    label = present.classes.gather(1, index.flatten(1)).view_as(index) + 1
+    return label.masked_fill_(value <= high, IGNORE).masked_fill_(value <= low, 0)
 
 
-def token_labels(maps: Tensor, labels: Tensor, grid: Sequence[int], high: float, low: float) -> Tensor:
-    """`threshold` on the patch grid: (B, K, H, W) maps -> int64 (B, *grid)."""
-    return threshold(resize(maps, grid), labels, high, low)
+def token_labels(maps: Tensor, present: Present, grid: Sequence[int], high: float, low: float) -> Tensor:
+    """`threshold` on the patch grid: (B, M, H, W) maps -> int64 (B, *grid)."""
+    return threshold(resize(maps, grid), present, high, low)
 
 
 def valid_tokens(valid: Tensor, patch: Sequence[int]) -> Tensor:
@@ -33,39 +57,26 @@ def valid_tokens(valid: Tensor, patch: Sequence[int]) -> Tensor:
     return inside.unflatten(1, (h, patch[0])).unflatten(3, (w, patch[1])).all(4).all(2)
 
 
-def present_first(labels: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Multi-hot (B, K) -> the first M classes of each image, present ones first, int64 (B, M); bool (B, M), present.
-
-    most: M, where the caller knows it; None: `most_classes`.
-    """
-    most = most_classes(labels) if most is None else most
-    classes = labels.argsort(dim=1, descending=True, stable=True)[:, :most]
-    return classes, labels.gather(1, classes) > 0
-
-
 def refined_labels(
-    maps: Tensor, labels: Tensor, images: Tensor, high: float, low: float, dilations: Sequence[int], iterations: int,
-    most: int | None = None,
+    maps: Tensor, present: Present, images: Tensor, high: float, low: float, dilations: Sequence[int], iterations: int
 ) -> Tensor:
     """PAR-refined pixel labels int64 (B, H, W) (AFA section 3.3, as used by MoRe).
 
     Two backgrounds compete with the classes: with `high` what wins is foreground, with `low` what loses is
-    background; in between is ignored. maps: (B, K, H, W); images: (B, 3, H, W) in [0, 1]; most: see `present_first`.
+    background; in between is ignored. maps: (B, M, H, W); images: (B, 3, H, W) in [0, 1].
     """
     size = images.shape[-2:]
     half = (size[0] // 2, size[1] // 2)
-    classes, present = present_first(labels, most)
-    maps = maps.gather(1, classes[:, :, None, None].expand(-1, -1, *size))          # (B, M, H, W)
-    images, maps = resize(images, half), resize(maps, half)
-    chosen = maps.masked_fill(~present[:, :, None, None], -torch.inf)
+    images, absent = resize(images, half), ~present.there[:, :, None, None]
+    chosen = resize(maps, half).masked_fill(absent, -torch.inf)
     scores = [F.pad(chosen, (0, 0, 0, 0, 1, 0), value=background).softmax(1) for background in (high, low)]
     affinity = par_affinity(images, dilations)
     refined = resize(par_refine(torch.cat(scores, 1), affinity, dilations, iterations), size)
     refined = refined.unflatten(1, (2, -1))
-    refined[:, :, 1:].masked_fill_(~present[:, None, :, None, None], -1)
+    refined[:, :, 1:].masked_fill_(absent[:, None], -1)
     (strict, *winners), loose = refined[:, 0].unbind(1), refined[:, 1]
     label = torch.full(strict.shape, IGNORE, dtype=torch.int64, device=strict.device)
     for index, value in enumerate(winners):     # as argmax over the channels, which is slow where they lie apart
-        label = torch.where(value > strict, classes[:, index, None, None] + 1, label)
+        label = torch.where(value > strict, present.classes[:, index, None, None] + 1, label)
         strict = torch.maximum(strict, value)
     return label.masked_fill((label == IGNORE) & (loose[:, 0] >= loose[:, 1:].amax(1)), 0)

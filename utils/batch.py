@@ -6,8 +6,10 @@ import torch
 
 
 def most_classes(labels: torch.Tensor) -> int:
-    """The largest number of classes an image of the multi-hot (B, K) has, at least 1. Reading it waits for a GPU."""
-    return max(int(labels.sum(1).max()), 1)
+    """The largest number of classes an image of the multi-hot (B, K) has, rounded up to 1, 2, 4, 8, ..., at most K: few
+    sizes occur. Reading it waits for a GPU."""
+    most = max(int(labels.sum(1).max()), 1)
+    return min(1 << (most - 1).bit_length(), labels.shape[1])
 
 
 class Batch(NamedTuple):

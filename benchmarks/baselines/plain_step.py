@@ -19,6 +19,7 @@ from model.more.method import FROM_PSEUDO_LABELS, MoRe
 from model.more.network import Outputs
 from model.multi_scale import min_max
 from model.par import COLOUR_WIDTH, POSITION_WEIGHT
+from model.pseudo_labels import Present
 from utils.batch import Batch
 from utils.images import IGNORE, denormalize
 
@@ -35,7 +36,9 @@ class PlainMoRe(MoRe):
         cams = self._all_cams(batch.images) if any(weights[term] for term in FROM_PSEUDO_LABELS) else None
         maps: list[Tensor] = []
         out = plain_forward(self.network, batch.images, maps)
-        pseudo = self.pseudo_labels(cams, batch, out.patches.shape[-2:], iteration)
+        everyone = torch.arange(self.num_classes, device=batch.labels.device).expand_as(batch.labels)
+        present = Present(everyone, batch.labels > 0)
+        pseudo = self.pseudo_labels(cams, present, batch, out.patches.shape[-2:], iteration)
         logits = F.interpolate(out.seg_logits, batch.images.shape[-2:], mode="bilinear", align_corners=False)
         c = self.config.loss
         h, w = (max(side - WINDOW, 0) for side in out.patches.shape[-2:])
@@ -69,11 +72,11 @@ class PlainMoRe(MoRe):
         return dict(cam=min_max(total[0]), cam_aux=min_max(total[1]))
 
     @torch.no_grad()
-    def _pixel_labels(self, cam: Tensor, batch: Batch, image: Tensor) -> Tensor:
+    def _pixel_labels(self, cam: Tensor, present: Present, image: Tensor) -> Tensor:
         c = self.config.pseudo_labels
         return torch.stack([
             plain_pixel_labels(*one, c.high, c.low, c.par_dilations, c.par_iterations)
-            for one in zip(cam, batch.labels, image, strict=True)
+            for one in zip(cam, present.there.float(), image, strict=True)
         ])
 
 

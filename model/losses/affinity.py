@@ -22,6 +22,7 @@ def ptc_loss(patches: Tensor, labels: Tensor, ratio=local_ratio) -> Tensor:
     x = F.normalize(patches.flatten(2), dim=1)
     affinity = (x.transpose(1, 2) @ x).abs()
     same, different = pair_labels(labels.flatten(1))
-    positive = ratio((affinity * same).sum(), same.sum(), eps=1)
-    negative = ratio((affinity * different).sum(), different.sum(), eps=1)
+    pairs = same, different
+    sums, counts = (torch.stack(of) for of in ([(affinity * of).sum() for of in pairs], [of.sum() for of in pairs]))
+    positive, negative = ratio(sums, counts, eps=1)
     return 0.5 * (1 - positive) + 0.5 * negative

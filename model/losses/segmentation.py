@@ -1,5 +1,6 @@
 """Cross entropy on pseudo labels, background and foreground weighed alike (L_seg in AFA, ToCo and MoRe)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,4 +13,6 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ratio=local_ratio) -> Tens
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     background = labels == 0
     foreground = (labels != IGNORE) & ~background
-    return 0.5 * sum(ratio((loss * part).sum(), part.sum(), eps=1e-6) for part in (background, foreground))
+    parts = background, foreground
+    sums, counts = (torch.stack(of) for of in ([(loss * part).sum() for part in parts], [part.sum() for part in parts]))
+    return 0.5 * ratio(sums, counts, eps=1e-6).sum()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.losses.ratio import local_ratio
-from model.pseudo_labels import present_first
+from model.pseudo_labels import Present
 from utils.images import IGNORE
 
 EPS = 1e-4
@@ -33,23 +33,22 @@ def certain_loss(
     class_tokens: Tensor,
     patches: Tensor,
     token_labels: Tensor,
-    labels: Tensor,
+    present: Present,
     temperature: float,
     valid: Tensor | None = None,
-    most: int | None = None,
 ) -> Tensor:
     """Pulls each present class token to the tokens its map is certain of (MoRe, L_cre). Gradient: class tokens only.
 
     class_tokens (B, K, D); patches (B, D, h, w), not normalised; token_labels (B, h, w), 255 ignored;
-    labels (B, K); valid: bool (B, h, w), False for tokens on padding, None for all valid; most: see `present_first`.
+    valid: bool (B, h, w), False for tokens on padding, None for all valid.
     -log(exp l / (sum exp l + 1e-4)) is evaluated as log-sum-exp with log 1e-4 as one more entry: finite for any l.
     """
-    classes, present = present_first(labels, most)                                                     # (B, M)
+    classes = present.classes
     chosen = class_tokens.gather(1, classes.unsqueeze(-1).expand(-1, -1, class_tokens.shape[-1]))
     logits = F.normalize(chosen, dim=-1) @ patches.detach().flatten(2) / temperature                   # (B, M, N)
     among = logits if valid is None else logits.masked_fill(~valid.flatten(1).unsqueeze(1), -torch.inf)
     negative_log = F.pad(among, (0, 1), value=math.log(EPS)).logsumexp(-1, keepdim=True) - logits
-    certain = (token_labels.flatten(1).unsqueeze(1) == (classes + 1).unsqueeze(-1)) & present.unsqueeze(-1)
+    certain = (token_labels.flatten(1).unsqueeze(1) == (classes + 1).unsqueeze(-1)) & present.there.unsqueeze(-1)
     return ((negative_log * certain).sum(-1) / (certain.sum(-1) + EPS)).sum(1).mean()
 
 

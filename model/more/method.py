@@ -1,6 +1,6 @@
 """MoRe (AAAI 2025): class patch attention needs regularization for weakly supervised semantic segmentation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from model.more.lir import certain_loss, hashed_order, sample_uncertain, token_l
 from model.more.network import MoReNetwork, Outputs
 from model.more.official import from_official, recognise
 from model.multi_scale import LARGEST, SUM, SUM_OF_POSITIVE, full_precision, fused_maps, min_max, resize, with_scale_1
-from model.pseudo_labels import refined_labels, token_labels, valid_tokens
+from model.pseudo_labels import Present, present_first, refined_labels, token_labels, valid_tokens
 from utils.batch import Batch
 from utils.images import IGNORE, denormalize
 
@@ -53,11 +53,13 @@ class MoRe(Method):
         While no term that learns from pseudo labels has a weight, no CAM is made and those labels are all ignored.
         """
         weights = self.loss_weights(iteration)
-        out = self.network(batch.images)
-        cams = self._training_cams(batch.images, out) if any(weights[term] for term in FROM_PSEUDO_LABELS) else None
+        out, cams = self.network(batch.images), None
+        present = present_first(batch.labels, batch.most_classes)
+        if any(weights[term] for term in FROM_PSEUDO_LABELS):
+            cams = self._training_cams(batch.images, out, present)
         with torch.autocast(batch.images.device.type, enabled=False):
             out = type(out)(*map(full_precision, out))
-            pseudo = self.pseudo_labels(cams, batch, out.patches.shape[-2:], iteration)
+            pseudo = self.pseudo_labels(cams, present, batch, out.patches.shape[-2:], iteration)
             del cams   # large
             seg_logits = resize(out.seg_logits, batch.images.shape[-2:])
             c = self.config.loss
@@ -70,8 +72,7 @@ class MoRe(Method):
                 "token": token_loss(out.class_tokens, c.token_temperature),
                 "ptc": ptc_loss(out.patches, pseudo["ptc"], self.ratio),
                 "certain": certain_loss(
-                    out.class_tokens, out.patches, pseudo["certain"], batch.labels, c.certain_temperature,
-                    pseudo["valid"], batch.most_classes,
+                    out.class_tokens, out.patches, pseudo["certain"], present, c.certain_temperature, pseudo["valid"]
                 ),
                 "uncertain": uncertain_loss(out.class_tokens, out.patches, samples, batch.labels, self.ratio),
                 "seg": segmentation_loss(seg_logits, pseudo["pixel"], self.ratio),
@@ -83,11 +84,11 @@ class MoRe(Method):
 
     @torch.no_grad()
     def pseudo_labels(
-        self, cams: dict[str, Tensor] | None, batch: Batch, grid: Sequence[int], iteration: int
+        self, cams: dict[str, Tensor] | None, present: Present, batch: Batch, grid: Sequence[int], iteration: int
     ) -> dict[str, Tensor]:
         """What the terms learn from: `ptc`, `certain`, `uncertain` (B, h, w), `pixel` (B, H, W), `valid` (B, h, w).
 
-        cams: `cam` and `cam_aux`, (B, K, H, W) in [0, 1]; None: all labels are 255.
+        cams: `cam` and `cam_aux` of these classes, (B, M, H, W) in [0, 1]; None: all labels are 255.
         Labels are int64, 255 where unsure and on padding.
         """
         inside = valid_tokens(batch.valid, self.network.backbone.patch_size)
@@ -101,11 +102,11 @@ class MoRe(Method):
         )
         # the released code truncates the denormalised image before it goes through PAR
         image = denormalize(batch.images).clamp(0, 255).floor() / 255
-        pixel = self._pixel_labels(cam, batch, image)
+        pixel = self._pixel_labels(cam, present, image)
         tokens = {
-            "ptc": token_labels(cam_aux, batch.labels, grid, c.high, c.low),
-            "certain": token_labels(source, batch.labels, grid, *certain),
-            "uncertain": token_labels(source, batch.labels, grid, *uncertain),
+            "ptc": token_labels(cam_aux, present, grid, c.high, c.low),
+            "certain": token_labels(source, present, grid, *certain),
+            "uncertain": token_labels(source, present, grid, *uncertain),
         }
         tokens = {name: label.masked_fill(~inside, IGNORE) for name, label in tokens.items()}
         return {**tokens, "pixel": pixel.masked_fill(~batch.valid, IGNORE), "valid": inside}
@@ -130,7 +131,10 @@ class MoRe(Method):
         self.network.backbone.load_start_weights(weights)
 
     def compile(self, **options) -> None:
-        """torch.compile of the backbone, where nearly all the time goes; each image size is compiled for itself."""
+        """torch.compile of the backbone in training, where nearly all the time goes: a graph for the training forward
+        and one for each scale of the CAM pass, whatever else is computed between steps."""
+        config, graphs = torch._dynamo.config, 2 + len(self.config.pseudo_labels.cam_scales)
+        config.recompile_limit = max(config.recompile_limit, graphs)
         self.network.backbone.compile(dynamic=False, **options)
 
     def from_official(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,15 +188,25 @@ class MoRe(Method):
         return fused_maps(images, {k: (plan, fusions[k]) for k, plan in plans.items()}, self.network.coarse_maps)
 
     @torch.no_grad()
-    def _training_cams(self, images: Tensor, out: Outputs) -> dict[str, Tensor]:
-        """CAM and auxiliary CAM; the training forward `out` has them already for the images themselves."""
-        plan = MapPlan(with_scale_1(self.config.pseudo_labels.cam_scales), flip=True)
-        kinds = {kind: (plan, FUSIONS[kind]) for kind in ("cam", "cam_aux")}
-        known = self.network.cams_of(out.patches, out.aux)
-        return fused_maps(images, kinds, self.network.coarse_maps, known)
+    def _training_cams(self, images: Tensor, out: Outputs, present: Present) -> dict[str, Tensor]:
+        """CAM and auxiliary CAM (B, M, H, W) of the classes that labels leave; `out` has them already for the images
+        themselves."""
+        names, network = ("cam", "cam_aux"), self.network   # fused together, as one map of 2 M channels
 
-    def _pixel_labels(self, cam: Tensor, batch: Batch, image: Tensor) -> Tensor:
+        def together(maps: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"both": torch.cat([maps[name] for name in names], 1)}
+
+        def coarse_maps(images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+            return together(network.coarse_maps(images, names))
+
+        def chosen(maps: Tensor) -> Tensor:
+            return torch.cat([present.of(half) for half in maps.chunk(2, 1)], 1)
+
+        plan = MapPlan(with_scale_1(self.config.pseudo_labels.cam_scales), flip=True)
+        known = together(network.cams_of(out.patches, out.aux))
+        fused = fused_maps(images, {"both": (plan, SUM_OF_POSITIVE)}, coarse_maps, known, chosen)
+        return dict(zip(names, fused["both"].chunk(2, 1), strict=True))
+
+    def _pixel_labels(self, cam: Tensor, present: Present, image: Tensor) -> Tensor:
         c = self.config.pseudo_labels
-        return refined_labels(
-            cam, batch.labels, image, c.high, c.low, c.par_dilations, c.par_iterations, batch.most_classes
-        )
+        return refined_labels(cam, present, image, c.high, c.low, c.par_dilations, c.par_iterations)

@@ -78,7 +78,9 @@ class MoReNetwork(nn.Module):
             return maps.unflatten(2, features.patches.shape[-2:])
 
     def _features(self, images: Tensor) -> ViTFeatures:
-        return ViTFeatures(*map(full_precision, self.backbone(images)))
+        # compiled in training alone: evaluation has too many sizes
+        backbone = self.backbone if self.training else self.backbone.forward
+        return ViTFeatures(*map(full_precision, backbone(images)))
 
     def _class_tokens(self, features: ViTFeatures) -> Tensor:
         return self.gcr(features.class_tokens, features.patches.flatten(2).transpose(1, 2))

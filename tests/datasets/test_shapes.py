@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from datasets import shapes
 from engine.config import load_config
 from model.multi_scale import resize
-from model.pseudo_labels import refined_labels
+from model.pseudo_labels import present_first, refined_labels
 from utils.errors import UserError
 from utils.images import read_label_map, read_rgb
 
@@ -95,10 +95,11 @@ def test_refinement_sharpens_a_coarse_map(one_thread):
     for index in range(20):
         image, label_map = map(torch.from_numpy, shapes.draw(0, "train", index, 80))
         objects = F.one_hot(label_map.long(), len(shapes.CLASSES) + 1).permute(2, 0, 1)[None, 1:].float()
-        coarse, labels = resize(F.avg_pool2d(objects, 8), label_map.shape), objects.amax((2, 3))
+        coarse, present = resize(F.avg_pool2d(objects, 8), label_map.shape), present_first(objects.amax((2, 3)))
         for iterations in wrong:
-            given = (coarse, labels, image.permute(2, 0, 1)[None] / 255, 0.5, 0.5, config.par_dilations, iterations)
-            wrong[iterations] += (refined_labels(*given)[0] != label_map).float().mean().item() / 20
+            given = image.permute(2, 0, 1)[None] / 255, 0.5, 0.5, config.par_dilations, iterations
+            refined = refined_labels(present.of(coarse), present, *given)[0]
+            wrong[iterations] += (refined != label_map).float().mean().item() / 20
     assert wrong[config.par_iterations] < 0.7 * wrong[0]
 
 

@@ -13,7 +13,7 @@ from model import build_method
 from model.method import MapPlan
 from model.multi_scale import LARGEST, SUM, SUM_OF_POSITIVE, fused_maps, min_max
 from model.par import COLOUR_WIDTH, POSITION_WEIGHT, par_affinity, par_refine
-from model.pseudo_labels import refined_labels, threshold, valid_tokens
+from model.pseudo_labels import present_first, refined_labels, threshold, valid_tokens
 
 
 def coarse(images):
@@ -93,7 +93,8 @@ def test_par_is_the_plain_one():
 def test_threshold_by_pixels():
     maps, labels = torch.rand(2, 3, 5, 5), torch.tensor([[1.0, 0, 1], [0, 0, 0]])
     maps[0, :, 0, 0], maps[0, :, 0, 1] = 0.5, 0.25   # exactly on the thresholds
-    ours = threshold(maps, labels, high=0.5, low=0.25)
+    present = present_first(labels)
+    ours = threshold(present.of(maps), present, high=0.5, low=0.25)
     for b in range(2):
         for y in range(5):
             for x in range(5):
@@ -106,9 +107,14 @@ def test_refined_labels_image_by_image():
     """Batching with other images, with other classes, changes nothing; absent classes never win."""
     images, maps = torch.rand(3, 3, 32, 40), torch.rand(3, 4, 32, 40)
     labels = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
-    together = refined_labels(maps, labels, images, 0.7, 0.25, (1, 2), 3)
+
+    def refined(which):
+        present = present_first(labels[which])
+        return refined_labels(present.of(maps[which]), present, images[which], 0.7, 0.25, (1, 2), 3)
+
+    together = refined(slice(None))
     for b in range(3):
-        alone = refined_labels(maps[b : b + 1], labels[b : b + 1], images[b : b + 1], 0.7, 0.25, (1, 2), 3)
+        alone = refined(slice(b, b + 1))
         assert torch.equal(together[b : b + 1], alone)
         allowed = {0, 255} | {k + 1 for k in range(4) if labels[b, k]}
         assert set(together[b].unique().tolist()) <= allowed
