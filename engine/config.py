@@ -57,7 +57,9 @@ class Train(Section):
     weight_decay: NotNegative = key(0.01, "code of MoRe")
     betas: tuple[Share, Share] = key((0.9, 0.999), "code of MoRe: of adamw")
     momentum: Share = key(0.9, "ours: of sgd")
-    precision: Literal["fp32", "bf16"] = key("fp32", "ours: bf16 is autocast, losses stay fp32")
+    precision: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "ours: bf16 on a GPU that computes in it, else fp32; bf16 is autocast, losses stay fp32"
+    )
     tf32: Flag = key(False, "ours: GPU, float32 matrix products in TF32 too, as convolutions are")
     compile: Flag = key(False, "ours: torch.compile, slow first iterations")
     log_every: Count = key(20, "ours: iterations between lines of metrics.jsonl and the log")
@@ -86,6 +88,7 @@ class Evaluate(Section):
     bkg: Share = key(0.5, "code of MoRe: background threshold")
     crf: Flag = key(False, "ours")
     images: Count | None = key(None, "ours: null: the whole split; a number: the first that many")
+    precision: Literal["auto", "fp32", "bf16"] | None = key(None, "ours: null: that of the run, train.precision")
     images_at_once: Count | None = key(None, "ours: of one size; null: 1 on a CPU, 8 on a GPU")
     save_labels: FilePath | None = key(None, "ours: folder for palette PNGs; null: none")
     save_overlays: FilePath | None = key(None, "ours: folder for pictures; null: none")

@@ -86,7 +86,9 @@ def checkpoint_config(
         return load_settings(_with_paths(settings, file, beside), file, overrides), file
     if config is None and beside.is_file():
         config = str(beside)
-    released = None if config else recognise(file)
+    released = None if settings is not None else recognise(file)
+    if released:   # trained in float32
+        overrides = ["train.precision=fp32", *overrides]
     if settings is not None and "normalize" not in settings.get("model", {}):   # before that key
         overrides = ["model.normalize=imagenet", *overrides]
     name = config or (released[1].config if released else default or DEFAULT)

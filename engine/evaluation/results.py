@@ -44,6 +44,7 @@ def settings_of(row: Row, plan: Plan, facts: dict) -> dict:
         "predicted_from": plan.predicted if labels == "predicted" else None,
         "background": None if declared.background or crf else made.bkg,
         "input": plan.base_size,
+        "precision": plan.precision,
     }
     return {"map": kind, **facts, **how, **more}
 
@@ -115,7 +116,8 @@ def _details(row: dict, method: str) -> list[str]:
     parts = [f"predicted by the {title_of(method, source)}"] if source else []
     parts += [f"background {bkg:g}"] if bkg is not None else []
     size = "native size" if side is None else f"input {side}x{side}"
-    return parts + [size] if "input" in row else parts
+    parts += [size] if "input" in row else []
+    return parts + ["bf16"] if row.get("precision") == "bf16" else parts
 
 
 def _finite(value: float) -> float | None:

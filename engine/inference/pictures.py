@@ -11,7 +11,7 @@ from PIL import Image
 from datasets import EvalItem
 from engine.config import RunConfig
 from engine.inference.batch import Prediction, evaluation_mode, predict_batch
-from engine.inference.plan import Plan, evaluation_plan
+from engine.inference.plan import Plan, evaluation_plan, precision_of
 from model.method import MapPlan, Method
 from utils.batch import Batch
 from utils.files import replacing
@@ -63,7 +63,8 @@ def training_picture(
     """
     images, labels = batch.images[:count], batch.labels[:count]
     kinds = evaluation_plan(config).kinds
-    plan = Plan(kinds, {kind: MapPlan(bkg=config.evaluate.bkg) for kind in kinds}, None)
+    maps = {kind: MapPlan(bkg=config.evaluate.bkg) for kind in kinds}
+    plan = Plan(kinds, maps, None, precision=precision_of(config))
     with evaluation_mode(method):
         predictions = predict_batch(method, images, labels, plan, batch.names[:count])
     rows = []

@@ -20,6 +20,7 @@ class Plan(NamedTuple):
     min_pixels: a class of that kind counts from this many pixels of its coarse scores.
     crf: settings of `dense_crf`, None for none; with them every label map is made without and with CRF.
     class_logits: whether the classifier's logits are wanted, whatever image labels come from.
+    precision: fp32, bf16, or auto (engine/precision.py).
     """
 
     kinds: dict[str, MapKind]
@@ -29,6 +30,7 @@ class Plan(NamedTuple):
     min_pixels: int = 1
     crf: dict | None = None
     class_logits: bool = False
+    precision: str = "fp32"
 
     @property
     def rows(self) -> list[Row]:
@@ -52,7 +54,8 @@ def evaluation_plan(config: RunConfig) -> Plan:
     predicted = c.predict_from if c.image_labels == "predicted" else None
     maps = {kind: _map_plan(config, kind, declared[kind]) for kind in declared if kind in wanted}
     crf = config.crf.model_dump() if c.crf else None
-    return Plan({kind: declared[kind] for kind in wanted}, maps, c.base_size, predicted, c.min_pixels, crf)
+    how = {"predicted": predicted, "min_pixels": c.min_pixels, "crf": crf, "precision": precision_of(config)}
+    return Plan({kind: declared[kind] for kind in wanted}, maps, c.base_size, **how)
 
 
 def validation_plan(config: RunConfig) -> Plan:
@@ -63,7 +66,12 @@ def validation_plan(config: RunConfig) -> Plan:
     method = METHODS[config.method]
     plans = method.validation_plans(config)
     kinds = {kind: method.kinds[kind] for kind in plans}
-    return Plan(kinds, plans, config.evaluate.base_size or config.data.crop_size)
+    return Plan(kinds, plans, config.evaluate.base_size or config.data.crop_size, precision=precision_of(config))
+
+
+def precision_of(config: RunConfig) -> str:
+    """In what evaluations and predictions are computed: evaluate.precision, by default that of the run."""
+    return config.evaluate.precision or config.train.precision
 
 
 def seed_kind(config: RunConfig) -> str:

@@ -6,6 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import RunConfig
 from engine.distributed import Ranks, global_ratio
+from engine.precision import autocast
 from engine.training.optimizer import build_optimizer, set_lr
 from model.method import Method
 from utils.batch import Batch
@@ -30,7 +31,10 @@ class Trainer:
         if ranks.world > 1:
             method.ratio = global_ratio
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(method, device_ids=devices)
+            changing = method.state_dict().keys() - dict(method.named_parameters()).keys()   # such as batch statistics
+            self.parallel = DistributedDataParallel(
+                method, device_ids=devices, broadcast_buffers=bool(changing), gradient_as_bucket_view=True
+            )
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One iteration: losses, backward, optimizer. Returns the detached terms and their weighted sum `total`.
@@ -41,8 +45,7 @@ class Trainer:
         torch.manual_seed(((self.config.seed * 1_000_003 + self.iteration) * 1_009 + self.ranks.rank) % 2**63)
         set_lr(self.optimizer, self.iteration, self.config.train, self.length)
         self.optimizer.zero_grad(set_to_none=True)   # before the forward, which then has their memory
-        bf16 = self.config.train.precision == "bf16"
-        with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=bf16):
+        with autocast(self.ranks.device, self.config.train.precision):
             terms = self.parallel(batch, self.iteration)
         weights = self.method.loss_weights(self.iteration)
         for name in terms.keys() - weights.keys():

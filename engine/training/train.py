@@ -10,6 +10,7 @@ from datasets import build_train_set, build_val_set, collate_train
 from engine.config import RunConfig, Train
 from engine.distributed import Ranks, loader_workers, use_tf32
 from engine.evaluation.evaluate import validate
+from engine.precision import settled
 from engine.training.run import Run
 from engine.training.sampler import GlobalBatches, used_images
 from engine.training.step import Trainer
@@ -22,6 +23,7 @@ def train(config: RunConfig, ranks: Ranks) -> Path:
 
     config.resume=auto continues from the newest state there. Raises UserError for a user's mistake.
     """
+    config = settled(config, ranks.device)
     run = Run(config, ranks)
     use_tf32(config.train.tf32)
     train_set = build_train_set(config)
