@@ -5,11 +5,12 @@ CUDA where nvcc is, for the GPUs there or those that TORCH_CUDA_ARCH_LIST names:
 they run, such as those of a cluster.
 """
 
-import importlib.util
-import os
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -17,24 +18,35 @@ FOLDER = Path(__file__).resolve().parent
 def compiled() -> dict:
     """What setup needs to compile ahead; nothing where torch is not there (pip's isolated builds)."""
     try:
-        import torch
         from torch.utils import cpp_extension
     except ImportError:
         return {}
-    spec = importlib.util.spec_from_file_location("_extension", FOLDER / "_extension.py")
-    extension = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extension)
-    for_whom = "TORCH_CUDA_ARCH_LIST" in os.environ or torch.cuda.is_available()
-    cuda = for_whom and extension.cuda_compiler() is not None
-    kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    module = kind(
-        f"_bilateralfilter_{extension.source_hash()}",  # so that a checkout never loads one made from other sources
-        [str(path.relative_to(FOLDER)) for path in extension.sources(cuda)],
-        extra_compile_args={"cxx": extension.FLAGS, "nvcc": extension.NVCC_FLAGS},
-        extra_link_args=["-fopenmp"],
-    )
+    package = sys.modules["bilateralfilter"] = ModuleType("bilateralfilter")  # without what its __init__ imports
+    package.__path__ = [str(FOLDER)]
+    from bilateralfilter import _cuda_toolkit, _extension
+
+    def module(kind: str, toolkit: _cuda_toolkit.Toolkit | None) -> Extension:
+        return (cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension)(
+            _extension.name_of(kind, toolkit),  # so that a checkout never loads one made from other sources
+            [str(path.relative_to(FOLDER)) for path in _extension.sources(toolkit is not None)],
+            extra_compile_args={
+                "cxx": _extension.FLAGS,
+                "nvcc": _extension.NVCC_FLAGS + (toolkit.flags() if toolkit else []),
+            },
+            extra_link_args=["-fopenmp"],
+            library_dirs=_cuda_toolkit.runtime_folder(FOLDER / "build") if toolkit else [],
+        )
+
+    modules = [module("cpu", None)]
+    cards = {int(re.match(r"\d+", name)[0]) for name in _cuda_toolkit.listed()} or _cuda_toolkit.cards()
+    try:
+        toolkit = _cuda_toolkit.find(cards)
+        cpp_extension.CUDA_HOME = str(toolkit.home)
+        modules.append(module("cuda", toolkit))
+    except LookupError as error:
+        print(f"bilateralfilter is compiled without CUDA: {error}", file=sys.stderr)
     build = cpp_extension.BuildExtension.with_options(use_ninja=False)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": build}}
+    return {"ext_modules": modules, "cmdclass": {"build_ext": build}}
 
 
 setup(

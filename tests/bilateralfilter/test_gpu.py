@@ -1,19 +1,19 @@
 """The code for GPUs: its algorithm on threads of the CPU, its compilation where nvcc is, itself where a GPU is."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils import cpp_extension
 
-from bilateralfilter import DenseCRF, Lattice, _extension, bilateral_filter
+from bilateralfilter import DenseCRF, Lattice, _cuda_toolkit, _extension, bilateral_filter
 from tests.bilateralfilter.slow import random
 
 FOLDER = Path(__file__).parent
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or _extension.cuda_compiler() is None, reason="no GPU, or no nvcc"
-)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +74,40 @@ def test_features_that_do_not_fit_give_nan_where_they_touch(gpu_on_cpu):
     assert out[3:].isfinite().all()
 
 
-@pytest.mark.skipif(_extension.cuda_compiler() is None, reason="no nvcc, or a torch without CUDA")
-def test_compiles(tmp_path):
-    includes = [flag for path in cpp_extension.include_paths("cuda") for flag in ("-isystem", path)]
-    source = _extension.FOLDER / "csrc" / "cuda.cu"
-    flags = ["-std=c++20" if torch.__version__ >= "2.12" else "-std=c++17", "-arch=sm_80", "-Xcompiler", "-fPIC"]
-    command = [_extension.cuda_compiler(), "-c", str(source), "-o", str(tmp_path / "cuda.o"), *_extension.NVCC_FLAGS]
-    result = subprocess.run([*command, *flags, *includes], capture_output=True, text=True)
+BUILD = """
+import sys
+from pathlib import Path
+import torch
+from bilateralfilter import _cuda_toolkit, _extension
+
+_extension._build_folder = lambda: Path(sys.argv[1])
+_cuda_toolkit._candidates = lambda: [Path(sys.argv[2])]
+_cuda_toolkit.cards = lambda: {int(name.removesuffix("+PTX")) for name in _cuda_toolkit.listed()}
+assert _extension.load("cuda")
+for name in ("build", "apply", "add_", "mean_field"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bilateralfilter::{name}", "CUDA")
+"""
+
+
+@pytest.mark.parametrize(("origin", "wanted", "built"), [
+    ("system", "9.0+PTX", "sm90ptx"), ("pip", "9.0+PTX", "sm90ptx"),
+    pytest.param("system", "8.0 9.0 10.0 12.0", "sm80_sm90_sm100_sm120", marks=pytest.mark.slow),
+])
+def test_compiles_links_and_loads(tmp_path, monkeypatch, origin, wanted, built):
+    """Half a minute of one core for each architecture. pip's nvcc: where nvidia-cuda-nvcc is installed."""
+    nvccs = [nvcc for nvcc in _cuda_toolkit._candidates() if (nvcc.parts[-4:-3] == ("nvidia",)) == (origin == "pip")]
+    monkeypatch.setattr(_cuda_toolkit, "_candidates", lambda: nvccs)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    try:
+        nvcc = _cuda_toolkit.find([int(name.removesuffix("+PTX")) for name in _cuda_toolkit.listed()]).home / "bin/nvcc"
+    except LookupError as error:
+        pytest.skip(f"no nvcc of {origin}: {error}")
+    monkeypatch.setenv("PYTHONPATH", str(_extension.FOLDER.parent), prepend=os.pathsep)
+    command = [sys.executable, "-c", BUILD, str(tmp_path), str(nvcc)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "cuda.o").stat().st_size > 100_000
+    library, = tmp_path.glob("*.so")
+    assert library.stem.endswith(f"_cuda_{built}")
 
 
 @needs_gpu

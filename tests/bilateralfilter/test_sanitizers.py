@@ -83,7 +83,7 @@ def run(tmp_path_factory):
     from torch.utils import cpp_extension
 
     # where `pip install ./bilateralfilter` would put it, by name
-    library = tmp_path_factory.mktemp("sanitized") / f"_bilateralfilter_{_extension.source_hash()}.so"
+    library = tmp_path_factory.mktemp("sanitized") / f"{_extension.name_of('cpu', None)}.so"
     base = [compiler, "-std=c++20", "-fPIC", "-fopenmp", *SANITIZE]
     folders = [f"-I{path}" for path in cpp_extension.include_paths()]
     objects = {str(library.with_name(f"{path.stem}.o")): str(path) for path in _extension.sources(cuda=False)}
