@@ -36,3 +36,17 @@ if [ ! -e "$stamp" ]; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --root-user-action ignore -r "$requirements"
     touch "$stamp"
 fi
+
+# where there is a GPU and no compiler that fits the torch just installed: pip's, for the bilateral filter
+if [ ! -e "$stamp-nvcc" ] && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    cd "$root"
+    nvcc=$("$venv/bin/python" -c "from bilateralfilter import _cuda_toolkit; print(_cuda_toolkit.missing())") || nvcc=
+    if [ -n "$nvcc" ]; then
+        echo "installing nvcc for the bilateral filter: $nvcc"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --root-user-action ignore "$nvcc" \
+            2>/dev/null ||
+            echo "warning: nvcc was not installed: the filter runs as slow plain PyTorch on the GPU until" \
+                "'$venv/bin/python -m pip install \"$nvcc\"' is done" >&2
+    fi
+    touch "$stamp-nvcc"
+fi

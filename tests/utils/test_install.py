@@ -42,3 +42,30 @@ def test_no_python_that_is_new_enough(house, tmp_path):
     result = install(house, f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert result.returncode == 2
     assert result.stderr.startswith("error: Python 3.10 or newer is needed, found Python 3.9.1")
+
+
+@pytest.mark.parametrize(("cards", "needed", "status"), [
+    ("GPU 0: NVIDIA H100", "cuda-toolkit[nvcc,cccl]==13.0.*", 0), ("GPU 0: NVIDIA H100", "cuda-toolkit[nvcc]==0", 1),
+    ("GPU 0: NVIDIA H100", "", 0), ("No devices found.", "cuda-toolkit[nvcc,cccl]==13.0.*", 0),
+])
+def test_nvcc_of_pip_is_installed_once_where_a_gpu_lacks_one(house, tmp_path, cards, needed, status):
+    """Python and nvidia-smi are scripts here: the one says which nvcc is needed and writes down what pip is to do."""
+    for path, lines in {
+        tmp_path / "nvidia-smi": f"echo '{cards}'",
+        house / ".venv/bin/python": f"""case "$*" in
+            *missing*) echo '{needed}' ;;
+            *"pip install"*)
+                echo "$*" >> '{tmp_path}/pip'
+                case "$*" in *cuda-toolkit*) echo ERROR >&2; exit {status} ;; esac ;;
+            esac""",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{lines}\n")
+        path.chmod(0o755)
+    results = [install(house, f"{tmp_path}{os.pathsep}{os.environ['PATH']}") for _ in range(2)]
+    assert [result.returncode for result in results] == [0, 0]
+    asked = [line.rpartition(" ")[2] for line in (tmp_path / "pip").read_text().splitlines()[1:]]
+    assert asked == ([needed] if needed and cards.startswith("GPU") else [])
+    warnings = [line for result in results for line in result.stderr.splitlines()]
+    assert len(warnings) == status
+    assert all(line.startswith("warning: nvcc was not installed") and needed in line for line in warnings)
