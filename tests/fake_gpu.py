@@ -1,0 +1,74 @@
+"""Tensors on a GPU that is not there: shapes, types and devices are followed, nothing is computed."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bilateralfilter import _extension, crf
+from model import par
+from utils import images
+
+GPU = torch.device("cuda", 0)
+CACHES = par._position_weights, crf._smoothness, crf._smoothness_stencil, images._kept_column   # of tensors
+WAITS = (   # what needs a value, or a shape that hangs on values: the host waits for the device
+    "aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten._unique", "aten.unique",
+    "aten.bincount", "aten.is_nonzero",
+)
+
+
+class Watch(TorchDispatchMode):
+    """Counts what computes, by name, in `operators`; `waits` names what the host waits for (values, boolean masks as
+    indices), `transfers` what moves between host and device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.waits, self.transfers = Counter(), [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), str(function)
+        if not function.is_view and not name.startswith("prim"):
+            self.operators[name] += 1
+        by_mask = name.startswith("aten.index") and isinstance(args[1], (list, tuple)) and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name.startswith(WAITS) or by_mask:
+            self.waits.append(name)
+        if name.startswith(("aten._to_copy", "aten.copy_")):
+            if len({x.device.type for x in (*args, result) if isinstance(x, Tensor)}) > 1:
+                self.transfers.append(f"{name} {tuple(result.shape)} to {result.device.type}")
+        return result
+
+
+@contextmanager
+def on_fake(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it tensors are fake, and those of `module` on `device`; what mixes devices or meets a real tensor raises.
+
+    The module is of no use afterwards but for this.
+    """
+    load = _extension.load
+    for cached in CACHES:
+        cached.cache_clear()
+    try:
+        with (
+            patch.object(_extension, "load", lambda kind: kind == "cuda" or load(kind)),
+            patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            FakeTensorMode(allow_non_fake_inputs=False, shape_env=ShapeEnv()),
+        ):
+            for part in module.modules():
+                for name, value in part._parameters.items():
+                    if value is not None:
+                        part._parameters[name] = nn.Parameter(torch.empty(value.shape, device=device))
+                for name, value in part._buffers.items():
+                    if value is not None:
+                        part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
+            yield
+    finally:
+        for cached in CACHES:
+            cached.cache_clear()
