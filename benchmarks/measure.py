@@ -21,7 +21,8 @@ from utils.files import ROOT
 from utils.images import normalize, read_rgb
 
 CLASSES = 20
-HOST_READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten.unique")
+HOST_READS = tuple(f"aten.{name}" for name in (
+    "_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "bincount"))
 
 
 def seconds_of(call: Callable[[], object], device: str) -> float:
@@ -60,8 +61,12 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.operators += not function.is_view
-        self.host_reads += str(function).startswith(HOST_READS)
-        return function(*args, **(kwargs or {}))
+        result, name = function(*args, **(kwargs or {})), str(function)
+        by = args[1] if name.startswith(("aten.index.", "aten.index_put")) else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in by)
+        copied = name.startswith("aten._to_copy") and args[0].device.type != "cpu" and result.device.type == "cpu"
+        self.host_reads += name.startswith(HOST_READS) or by_mask or copied
+        return result
 
 
 def load_images(folder: Path | None, batch: int, height: int, width: int) -> Tensor:
