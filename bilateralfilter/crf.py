@@ -98,7 +98,8 @@ class DenseCRF:
         if self.pos_w and self.compatibility is None and narrow:
             stencil = _smoothness_stencil(*smoothness)
         elif self.pos_w:
-            kernels.append(_smoothness(*smoothness))
+            stream = torch.cuda.current_stream(images.device).cuda_stream if images.device.type == "cuda" else 0
+            kernels.append(_smoothness(*smoothness, stream))
         if self.compatibility is None:
             q = mean_field(chosen, LEAST, kernels, stencil, width, copies, self.iterations)
         else:
@@ -151,6 +152,6 @@ def _smoothness_stencil(height: int, width: int, std: float, weight: float, devi
 
 
 @functools.lru_cache(maxsize=8)
-def _smoothness(height: int, width: int, std: float, weight: float, device: torch.device) -> Lattice:
-    """The Gaussian kernel, which depends on the size alone: kept for the next images of that size."""
+def _smoothness(height: int, width: int, std: float, weight: float, device: torch.device, stream: int = 0) -> Lattice:
+    """The Gaussian kernel, which depends on the size alone: kept for the next images of that size on that stream."""
     return Lattice(grid_features(height, width, std, torch.empty(0, device=device))).normalized(weight)
