@@ -107,9 +107,14 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     return images * _column(STD, images, 255) + _column(MEAN, images, 255)
 
 
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Normalised (..., 3, H, W) -> RGB uint8 (..., H, W, 3); gives back the file's values exactly."""
+    return denormalize(images).round().clamp(0, 255).byte().movedim(-3, -1)
+
+
 def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """Normalised (3, H, W) -> RGB uint8 (H, W, 3); gives back the file's values exactly."""
-    return denormalize(image).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    """`to_bytes` as an array."""
+    return to_bytes(image).cpu().numpy()
 
 
 def voc_palette() -> np.ndarray:

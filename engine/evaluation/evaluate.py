@@ -13,8 +13,8 @@ from engine.config import RunConfig
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
 from engine.evaluation.image_scores import ImageScores, new_evaluation, write_evaluation
 from engine.evaluation.results import append_results, score_entries, scores_of, settings_of, summary_line, table, title
-from engine.inference.batch import Prediction
-from engine.inference.many import as_is, over_images
+from engine.inference.batch import Prediction, on_host
+from engine.inference.many import as_is, labels_alone, over_images
 from engine.inference.pictures import prediction_panels, save_picture, side_by_side
 from engine.inference.plan import Plan, Row, evaluation_plan, row_name, validation_plan
 from model.method import Method
@@ -95,8 +95,8 @@ def score(
     Rank r takes the images r, r + world, ...; integer counts are summed, so the number of processes changes nothing.
     On a CPU each image is computed by one thread, as many images at once as there are threads: sums in another order
     round otherwise, so that scores would depend on the number of threads. batch_size: how many images of one size go
-    through the method together; None: 1 on a CPU, for the same reason, 8 on a GPU. While the device computes one batch,
-    another thread decides labels, runs the CRF and draws.
+    through the method together; None: 1 on a CPU, for the same reason, 8 on a GPU, where other threads
+    count, draw and write meanwhile.
     save_labels, save_overlays: folders of the label PNGs (FOLDER/MAP/NAME.png) and the pictures (FOLDER/NAME.png).
     image_scores: gets every image of this process.
     """
@@ -106,26 +106,29 @@ def score(
     loader = DataLoader(share, batch_size=None, collate_fn=as_is, num_workers=workers, generator=torch.Generator())
     # closed on the way out, so that a message of an error starts on a line of its own
     bar = progress_bar(desc="evaluate", total=len(share), disable=ranks.rank != 0)
-    with bar, over_images(method, loader, plan, ranks.device, _both, batch_size) as predictions:
-        for item, prediction in predictions:
-            counts = {}
-            for row, labels in prediction.labels.items():
-                counts[row] = confusion_matrix(item.label_map, labels, num_classes + 1)
-                matrices[row] += counts[row]
-                if save_labels:
-                    write_label_png(Path(save_labels) / row_name(row) / f"{item.name}.png", labels)
-            if save_overlays:
-                picture = side_by_side(prediction_panels(item, prediction, plan))
-                save_picture(Path(save_overlays) / f"{item.name}.png", picture)
+    pictures = save_overlays or image_scores is not None
+    take = (lambda _, predictions: on_host(predictions, plan)) if pictures else labels_alone
+
+    def counted(item: EvalItem, prediction: Prediction) -> tuple[EvalItem, Prediction, dict[Row, np.ndarray]]:
+        counts = {}
+        for row, labels in prediction.labels.items():
+            counts[row] = confusion_matrix(item.label_map, labels, num_classes + 1)
+            if save_labels:
+                write_label_png(Path(save_labels) / row_name(row) / f"{item.name}.png", labels)
+        if save_overlays:
+            picture = side_by_side(prediction_panels(item, prediction, plan))
+            save_picture(Path(save_overlays) / f"{item.name}.png", picture)
+        return item, prediction, counts
+
+    with bar, over_images(method, loader, plan, ranks.device, counted, batch_size, take=take) as results:
+        for item, prediction, counts in results:
+            for row, matrix in counts.items():
+                matrices[row] += matrix
             if image_scores is not None:
                 image_scores.add(item, prediction, counts)
             bar.update()
     total = all_reduce_sum(torch.from_numpy(np.stack(list(matrices.values()))).to(ranks.device)).cpu().numpy()
     return dict(zip(matrices, total, strict=True))
-
-
-def _both(item: EvalItem, prediction: Prediction) -> tuple[EvalItem, Prediction]:
-    return item, prediction
 
 
 def _first(dataset: Dataset, count: int | None) -> Dataset:

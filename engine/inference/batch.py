@@ -1,5 +1,6 @@
 """Maps and label maps of a batch of images, by a plan."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,15 +15,15 @@ from model.method import Method
 from model.multi_scale import resize
 from utils.crf import dense_crf
 from utils.errors import UserError
-from utils.images import to_uint8
+from utils.images import to_bytes
 
 
 class Prediction(NamedTuple):
     """What became of one image.
 
-    maps: by kind (K, H, W) in [0, 1], or of kinds with background the scores (K+1, H, W). present: bool (K,), the
-    classes whose maps count. labels: the ids uint8 (H, W) of each row. class_logits: (K,) of the classifier, None where
-    it was not asked.
+    maps: by kind (K, H, W) in [0, 1], or of kinds with background the scores (K+1, H, W), on the method's device; after
+    `on_host` those of the present classes alone. All else is on the CPU. present: bool (K,), the classes whose maps
+    count. labels: the ids uint8 (H, W) of each row. class_logits: (K,) of the classifier, None where it was not asked.
     """
 
     maps: dict[str, Tensor]
@@ -60,33 +61,58 @@ def predict_batch(
     squares, class_logits = _squares(images, plan.base_size), None
     if plan.class_logits or plan.predicted == CLASSIFIER:
         class_logits = method.classify(squares)
-    present = _present_classes(method, squares, class_logits, labels, plan)
-    maps = method.maps(images, {kind: plan.maps[kind] for kind in plan.kinds}, present.float())
+    there = _present_classes(method, squares, class_logits, labels, plan)
+    maps = method.maps(images, {kind: plan.maps[kind] for kind in plan.kinds}, there.float())
+    logits = () if class_logits is None else (class_logits,)
+    pictures = (to_bytes(images),) if plan.crf else ()
+    finite = torch.stack([values.isfinite().flatten(1).all(1) for values in maps.values()])   # (kinds, B)
+    ids, finite, present, *more = to_host(_label_maps(maps, there, plan), finite, there, *logits, *pictures)
+    for name, of_image in zip(names, finite.T.tolist(), strict=True):
+        if not all(of_image):
+            kind = list(maps)[of_image.index(False)]
+            raise UserError(f"{name}: the values of map '{kind}' are not finite; are the weights sound?")
+    rows = dict(zip(((kind, False) for kind in plan.kinds), ids, strict=True))
+    if plan.crf:
+        rows |= _crf_label_maps(maps, present, more[-1].numpy(), plan)
     predictions = []
-    for index, name in enumerate(names):
+    for index in range(len(names)):
         own = {kind: values[index] for kind, values in maps.items()}
-        for kind, values in own.items():
-            if not values.isfinite().all():
-                raise UserError(f"{name}: the values of map '{kind}' are not finite; are the weights sound?")
-        drawn = {row: _label_map(row, own, present[index], plan, images[index]) for row in plan.rows}
-        own_logits = None if class_logits is None else class_logits[index]
-        predictions.append(Prediction(own, present[index], drawn, own_logits))
+        drawn = {row: rows[row][index].numpy() for row in plan.rows}
+        predictions.append(Prediction(own, present[index], drawn, more[0][index] if logits else None))
     return predictions
 
 
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """The tensors on the CPU, as bytes of one transfer: the host waits for the device once."""
+    aligned = sorted(range(len(tensors)), key=lambda index: -tensors[index].element_size())
+    parts = [tensors[index].flatten().view(torch.uint8) for index in aligned]
+    packed = torch.cat(parts).cpu().split([len(part) for part in parts]) if parts else ()
+    back = dict(zip(aligned, packed, strict=True))
+    return [back[index].view(tensor.dtype).view(tensor.shape) for index, tensor in enumerate(tensors)]
+
+
+def on_host(predictions: Sequence[Prediction], plan: Plan) -> list[Prediction]:
+    """The predictions with the maps (C, H, W) of their C present classes on the CPU, of kinds without background; one
+    transfer brings them."""
+    kinds = [kind for kind, declared in plan.kinds.items() if not declared.background]
+    maps = iter(to_host(*(present_maps(one.maps[kind], one.present) for one in predictions for kind in kinds)))
+    return [one._replace(maps={kind: next(maps) for kind in kinds}) for one in predictions]
+
+
 def threshold(maps: Tensor, present: Tensor, bkg: float) -> Tensor:
-    """Ids (H, W) of maps (K, H, W): the largest present one's, 0 where its value is <= bkg or none is present."""
-    ids = present_ids(present)
-    if len(ids) == 1:
-        return torch.zeros(maps.shape[-2:], dtype=torch.long, device=maps.device)
-    value, index = maps[present].max(0)
-    return torch.where(value <= bkg, 0, ids[1:][index])
+    """Ids (..., H, W) of maps (..., K, H, W): the largest present one's, 0 where that is <= bkg or none is present.
+
+    present: bool (..., K).
+    """
+    absent = ~present.to(maps.device, non_blocking=True)[..., None, None]
+    value, index = maps.masked_fill(absent, -math.inf).max(-3)
+    return torch.where(value <= bkg, 0, index + 1)
 
 
-def crf_labels(scores: Tensor, ids: Tensor, image: np.ndarray, settings: dict) -> np.ndarray:
+def crf_labels(scores: Tensor, ids: Tensor, image: np.ndarray, settings: dict) -> Tensor:
     """Ids uint8 (H, W) after the dense CRF over scores (C, H, W) of the ids (C,). image: uint8 (H, W, 3)."""
     refined = dense_crf(image, scores.float(), **settings)
-    return ids.to(refined.device)[refined.argmax(0)].byte().cpu().numpy()
+    return ids.to(refined.device, non_blocking=True)[refined.argmax(0)].byte()
 
 
 def _squares(images: Tensor, side: int | None) -> Tensor:
@@ -106,7 +132,7 @@ def _present_classes(
     if plan.predicted != CLASSIFIER:
         return _seen(method, squares, plan.predicted, plan.min_pixels)
     present, kinds = class_logits > 0, [kind for kind, declared in method.kinds.items() if declared.background]
-    if kinds and not present.any(1).all():
+    if kinds and not to_host(present.any(1))[0].all():
         seen = _seen(method, squares, kinds[0], plan.min_pixels)
         present = torch.where(present.any(1, keepdim=True), present, seen)
     return present
@@ -116,18 +142,29 @@ def _seen(method: Method, squares: Tensor, kind: str, min_pixels: int) -> Tensor
     """bool (B, K): the classes with so many pixels in the argmax of the coarse scores."""
     scores = method.coarse_scores(squares, kind)
     ids = scores.argmax(1).flatten(1)
-    return torch.stack([torch.bincount(one, minlength=scores.shape[1])[1:] >= min_pixels for one in ids])
+    counts = ids.new_zeros(scores.shape[:2]).scatter_add_(1, ids, torch.ones_like(ids))
+    return counts[:, 1:] >= min_pixels
 
 
-def _label_map(row: Row, maps: dict[str, Tensor], present: Tensor, plan: Plan, image: Tensor) -> np.ndarray:
-    kind, with_crf = row
-    values = maps[kind]
-    if with_crf:
-        scores, ids = _all_scores(values) if plan.kinds[kind].background else _present_scores(values, present)
-        return crf_labels(scores, ids, to_uint8(image), plan.crf)
-    background = plan.kinds[kind].background
-    labels = values.argmax(0) if background else threshold(values, present, plan.maps[kind].bkg)
-    return labels.byte().cpu().numpy()
+def _label_maps(maps: dict[str, Tensor], present: Tensor, plan: Plan) -> Tensor:
+    """Ids uint8 (kinds, B, H, W) without CRF, decided on the device of the maps (B, K, H, W)."""
+    return torch.stack([
+        (maps[kind].argmax(1) if of.background else threshold(maps[kind], present, plan.maps[kind].bkg)).byte()
+        for kind, of in plan.kinds.items()
+    ])
+
+
+def _crf_label_maps(maps: dict[str, Tensor], present: Tensor, pictures: np.ndarray, plan: Plan) -> dict[Row, Tensor]:
+    """Ids uint8 (B, H, W) of the rows with CRF, on the CPU. present: bool (B, K), pictures: uint8 (B, H, W, 3), both
+    there already."""
+    made = {}
+    for kind, declared in plan.kinds.items():
+        refined = []
+        for values, own, picture in zip(maps[kind], present, pictures, strict=True):
+            scores, ids = _all_scores(values) if declared.background else _present_scores(values, own)
+            refined.append(crf_labels(scores, ids, picture, plan.crf))
+        made[kind, True] = torch.stack(refined)
+    return dict(zip(made, to_host(*made.values()), strict=True))
 
 
 def _all_scores(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +177,7 @@ def _present_scores(maps: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
     As released, the scores do not sum to 1.
     """
-    chosen = maps[present]
+    chosen = present_maps(maps, present)
     largest = chosen.amax(0, keepdim=True) if len(chosen) else torch.zeros_like(maps[:1])
     return torch.cat([1 - largest, chosen]), present_ids(present)
 
@@ -148,3 +185,9 @@ def _present_scores(maps: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 def present_ids(present: Tensor) -> Tensor:
     """Background and the ids of the present classes."""
     return torch.cat([present.new_zeros(1, dtype=torch.long), present.nonzero().flatten() + 1])
+
+
+def present_maps(maps: Tensor, present: Tensor) -> Tensor:
+    """The maps (C, H, W) of the present classes of (K, H, W), on their device. present: bool (K,), on the CPU."""
+    chosen = [maps[index] for index in present.nonzero().flatten().tolist()]
+    return torch.stack(chosen) if chosen else maps[:0]

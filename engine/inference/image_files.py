@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from datasets import FileItem, ImageFiles, unique_names
-from engine.inference.batch import Prediction
+from engine.inference.batch import Prediction, on_host
 from engine.inference.pictures import save_picture
 from engine.inference.plan import Plan, row_name, title_of
 from engine.inference.prediction_folder import Predictor, Written
@@ -52,7 +52,7 @@ def predict_files(
         return is_done(_json_path(folder, name)) and _is_of(_json_path(folder, name), path_of[name])
 
     write = _Writer(folder, predictor.classes, plan, predictor.config.method)
-    return predictor.write(dataset, write, finished, "predict")
+    return predictor.write(dataset, write, finished, "predict", lambda _, predictions: on_host(predictions, plan))
 
 
 def given_labels(text: str, classes: Sequence[str]) -> torch.Tensor:
@@ -99,9 +99,10 @@ class _Writer:
         return {name: count / ids.size for name, count in zip(names, counts.tolist(), strict=True) if count}
 
     def _save_heat(self, kind: str, name: str, prediction: Prediction, image: np.ndarray) -> None:
-        for index in prediction.present.nonzero().flatten().tolist():
+        present = prediction.present.nonzero().flatten().tolist()
+        for index, values in zip(present, prediction.maps[kind].numpy(), strict=True):
             folder = self.folder / "heat" / kind / self.classes[index].replace("/", "_")
-            save_picture(folder / f"{name}.jpg", heatmap(prediction.maps[kind][index].cpu().numpy(), image))
+            save_picture(folder / f"{name}.jpg", heatmap(values, image))
 
     def _save_json(self, item: FileItem, prediction: Prediction, shares: dict) -> None:
         scores = prediction.class_logits.sigmoid().tolist()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
 
 from datasets import EvalItem
 from engine.config import RunConfig
-from engine.inference.batch import Prediction, evaluation_mode, predict_batch
+from engine.inference.batch import Prediction, evaluation_mode, on_host, predict_batch
 from engine.inference.plan import Plan, evaluation_plan, precision_of
 from model.method import MapPlan, Method
 from utils.batch import Batch
@@ -43,11 +44,15 @@ def image_panels(
 
 
 def prediction_panels(item: EvalItem, prediction: Prediction, plan: Plan) -> Panels:
-    """Input, mask, heat maps of the present classes, label maps of kinds with background, and what the CRF made."""
-    present, heat, drawn = prediction.present[:, None, None], {}, {}
+    """Input, mask, heat maps of the present classes, label maps of kinds with background, and what the CRF made.
+
+    prediction: of `on_host`.
+    """
+    heat, drawn = {}, {}
     for kind, declared in plan.kinds.items():
         if not declared.background:
-            heat[declared.title] = (prediction.maps[kind] * present).amax(0).cpu().numpy()
+            maps = prediction.maps[kind]
+            heat[declared.title] = torch.cat([maps.new_zeros(1, *maps.shape[1:]), maps]).amax(0).numpy()
     for (kind, crf), ids in prediction.labels.items():
         if crf or plan.kinds[kind].background:
             drawn[plan.kinds[kind].title + (", CRF" if crf else "")] = ids
@@ -66,7 +71,7 @@ def training_picture(
     maps = {kind: MapPlan(bkg=config.evaluate.bkg) for kind in kinds}
     plan = Plan(kinds, maps, None, precision=precision_of(config))
     with evaluation_mode(method):
-        predictions = predict_batch(method, images, labels, plan, batch.names[:count])
+        predictions = on_host(predict_batch(method, images, labels, plan, batch.names[:count]), plan)
     rows = []
     for image, label, prediction in zip(images, labels.tolist(), predictions, strict=True):
         row = side_by_side(prediction_panels(EvalItem("", image, None, None), prediction, plan))

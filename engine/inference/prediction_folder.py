@@ -19,8 +19,7 @@ from engine.checkpoints.files import check_classes
 from engine.checkpoints.opening import checkpoint_config, find_checkpoint, open_checkpoint
 from engine.config import RunConfig
 from engine.distributed import Ranks, barrier, gather, loader_workers, main_first, use_tf32
-from engine.inference.batch import Prediction
-from engine.inference.many import as_is, over_images
+from engine.inference.many import Take, as_is, labels_alone, over_images
 from engine.inference.plan import evaluation_plan, maps_setting
 from utils.errors import UserError
 from utils.files import replacing
@@ -75,10 +74,10 @@ class Predictor:
         return claim_folder(folder, {**self._made_with(), **depends_on}, overwrite, self.ranks)
 
     def write(
-        self, dataset: Dataset, write: Callable[[EvalItem, Prediction], None], finished: Callable[[str], bool],
-        title: str,
+        self, dataset: Dataset, write: Callable[[EvalItem, Any], None], finished: Callable[[str], bool], title: str,
+        take: Take = labels_alone,
     ) -> Written:
-        """Calls write(item, prediction) for every image of `dataset` that is not finished(name), with a bar.
+        """Calls write(item, what `take` takes) for every image of `dataset` that is not finished(name), with a bar.
 
         dataset: with `names`; an item is an EvalItem or `Unreadable`, which is reported and counted. Rank r takes the
         images r, r + world, ... One image alone is computed with all threads of the CPU.
@@ -102,7 +101,8 @@ class Predictor:
 
         bar = progress_bar(desc=title, total=len(todo), unit="image", disable=ranks.rank != 0)
         at_once, batch_size = 1 if len(todo) == 1 else None, self.config.evaluate.images_at_once
-        with bar, over_images(self.method, readable(), self.plan, ranks.device, write, batch_size, at_once) as done:
+        given = self.method, readable(), self.plan, ranks.device, write, batch_size, at_once, take
+        with bar, over_images(*given) as done:
             for _ in done:
                 bar.update()
         own = len(todo) - len(failed), len(share) - len(todo), len(failed)

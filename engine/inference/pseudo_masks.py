@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from datasets import EvalItem, ImageSet
 from engine.config import RunConfig
-from engine.inference.batch import Prediction, present_ids, threshold
-from engine.inference.plan import seed_kind
+from engine.inference.batch import Prediction, on_host, present_ids, threshold
+from engine.inference.plan import Plan, seed_kind
 from engine.inference.prediction_folder import Predictor, Written
 from model import METHODS
 from model.multi_scale import resize
@@ -59,15 +60,22 @@ class MaskFormat:
     def path_of(self, folder: Path, name: str) -> Path:
         return folder / f"{name}.{self.ending}"
 
-    def write(self, folder: Path, item: EvalItem, prediction: Prediction) -> None:
-        path, maps, present = self.path_of(folder, item.name), prediction.maps[self.kind], prediction.present
+    def take(self, items: list[EvalItem], predictions: list[Prediction], plan: Plan) -> list:
+        """What `write` gets of them: ids uint8 (H, W), or for a dictionary the prediction of `on_host`."""
         if self.format == DICTIONARY:
-            save_irn(path, maps, present)
-        elif self.high is None:
-            write_label_png(path, prediction.labels[self.kind, self.crf is not None])
+            return on_host(predictions, plan)
+        if self.high is None:
+            return [prediction.labels[self.kind, self.crf is not None] for prediction in predictions]
+        rule = self.high, self.low, self.crf
+        pairs = zip(items, predictions, strict=True)
+        return [confident_ids(one.maps[self.kind], one.present, to_uint8(item.image), *rule) for item, one in pairs]
+
+    def write(self, folder: Path, item: EvalItem, taken: np.ndarray | Prediction) -> None:
+        path = self.path_of(folder, item.name)
+        if self.format == DICTIONARY:
+            save_irn(path, taken.maps[self.kind], taken.present)
         else:
-            ids = confident_ids(maps, present, to_uint8(item.image), self.high, self.low, self.crf)
-            write_label_png(path, ids)
+            write_label_png(path, taken)
 
 
 class Exported(NamedTuple):
@@ -99,8 +107,8 @@ def export_masks(
     depends_on = {**vars(masks), "split": split, "images": dataset.identity()}
     is_done = predictor.claim(folder, overwrite, depends_on)
     written = predictor.write(
-        dataset, lambda item, prediction: masks.write(folder, item, prediction),
-        lambda name: is_done(masks.path_of(folder, name)), "export",
+        dataset, partial(masks.write, folder), lambda name: is_done(masks.path_of(folder, name)), "export",
+        partial(masks.take, plan=predictor.plan),
     )
     return Exported(folder, masks, predictor, dataset, split, written)
 
@@ -122,12 +130,12 @@ def confident_ids(
 
 
 def save_irn(path: Path, maps: Tensor, present: Tensor) -> None:
-    """Writes what irn's make_cam writes of maps (K, H, W) and present bool (K,): a dictionary of C present classes.
+    """Writes what irn's make_cam writes of the maps (C, H, W) of C present classes; present: bool (K,).
 
     keys: int64 tensor (C,), classes from 0. cam: float32 tensor (C, ceil(H / 4), ceil(W / 4)). high_res: float32 array
     (C, H, W).
     """
-    keys, maps = present.nonzero().flatten().cpu(), maps[present].float().cpu()
+    keys, maps = present.nonzero().flatten(), maps.float()
     size = [-(-side // STRIDE) for side in maps.shape[-2:]]
     strided = resize(maps[None], size)[0] if len(maps) else maps.new_zeros(0, *size)
     with replacing(path) as part, open(part, "wb") as file:
@@ -177,7 +185,7 @@ def check_thresholds(high: float, low: float) -> None:
 
 def _refined(ids: Tensor, present: Tensor, image: np.ndarray, crf: dict) -> Tensor:
     """Ids (H, W) after the dense CRF, which starts from CONFIDENCE in them and shares the rest among the others."""
-    known = present_ids(present)
+    known = present_ids(present).to(ids.device, non_blocking=True)
     if len(known) == 1:
         return ids
     rest = (1 - CONFIDENCE) / (len(known) - 1)

@@ -55,7 +55,8 @@ class FakeMethod(Method):
 
     def coarse_scores(self, images, kind):
         """Every fourth pixel, logits changed so that the maps' own argmax would tell other classes."""
-        return self.map(images[..., ::2, ::2], kind, MapPlan(flip=True)) - torch.tensor([0.0, 2, 0, 0]).view(4, 1, 1)
+        lower = torch.tensor([0.0, 2, 0, 0], device=images.device).view(4, 1, 1)
+        return self.map(images[..., ::2, ::2], kind, MapPlan(flip=True)) - lower
 
     def classify(self, images):
         return images.mean((2, 3))

@@ -217,7 +217,7 @@ def test_irn_labels_as_irn_makes_them():
 
 
 def test_an_image_without_a_class(tmp_path):
-    save_irn(tmp_path / "x.npy", torch.rand(3, 6, 9), torch.zeros(3, dtype=torch.bool))
+    save_irn(tmp_path / "x.npy", torch.rand(0, 6, 9), torch.zeros(3, dtype=torch.bool))
     content = np.load(tmp_path / "x.npy", allow_pickle=True).item()
     assert len(content["keys"]) == 0 and content["cam"].shape == (0, 2, 3) and content["high_res"].shape == (0, 6, 9)
     np.testing.assert_array_equal(irn_ids(tmp_path / "x.npy", 0.5, 4, (6, 9)), np.zeros((6, 9)))

@@ -4,7 +4,11 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +16,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.measure import Counter
 from engine.checkpoints.files import check_classes, run_folder
 from engine.distributed import Ranks
 from engine.evaluation.evaluate import evaluate, score, validate
 from engine.evaluation.results import append_results
-from engine.inference.batch import predict, predict_batch, threshold
-from engine.inference.many import same_size
+from engine.inference import batch, many
+from engine.inference.batch import _label_maps, predict, predict_batch, threshold, to_host
+from engine.inference.many import in_pools, same_size
 from engine.inference.pictures import training_picture
 from engine.inference.plan import evaluation_plan, validation_plan
 from model.method import MapPlan
@@ -109,6 +116,107 @@ def test_a_value_at_the_threshold_is_background():
     assert threshold(maps, torch.tensor([True, True]), 0.5).tolist() == [[0, 1, 2, 1]]
     assert threshold(maps, torch.tensor([False, True]), 0.5).tolist() == [[0, 0, 2, 2]]
     assert threshold(maps, torch.tensor([False, False]), 0.5).tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("num_classes", [1, 5])
+def test_label_maps_of_a_batch(num_classes):
+    """Against each image by itself, whose absent classes' maps are left out first; ties everywhere."""
+    plan = evaluation_plan(config())
+    present = torch.stack([torch.arange(num_classes) % step == step - 1 for step in (1, 2, 3, 9)])   # all to none
+    maps = {k: torch.randint(0, 5, (4, num_classes + plan.kinds[k].background, 9, 11)) / 4 for k in plan.kinds}
+    for kind, made in zip(plan.kinds, _label_maps(maps, present, plan), strict=True):
+        for values, own, ids in zip(maps[kind], present, made, strict=True):
+            expected = values.argmax(0)
+            if not plan.kinds[kind].background:
+                value, index = torch.cat([torch.full_like(values[:1], 0.5), values[own]]).max(0)
+                known = torch.cat([torch.zeros(1, dtype=torch.long), own.nonzero().flatten() + 1])
+                expected = torch.where(value <= 0.5, 0, known[index])
+            assert torch.equal(ids, expected.byte())
+
+
+@pytest.mark.parametrize("overrides", [[], ["evaluate.multi_scale=true", "evaluate.base_size=8"],
+                                       ["evaluate.image_labels=predicted"],
+                                       ["evaluate.image_labels=predicted", "evaluate.predict_from=seg"]])
+@pytest.mark.parametrize("plan_of", [evaluation_plan, validation_plan])
+def test_a_batch_waits_for_the_gpu_twice_at_most(overrides, plan_of, monkeypatch):
+    """Up to its label maps on tensors of a GPU without values, then as a whole on the CPU."""
+    class Done(Exception):
+        pass
+
+    def brought(*tensors):
+        host = to_host(*tensors)
+        if torch.is_tensor(host[0]) and host[0].ndim == 4:
+            raise Done
+        return [np.zeros(len(host[0]), bool)]   # no class is found: the longest way
+
+    plan = plan_of(config(*overrides))
+    with FakeTensorMode(), monkeypatch.context() as patch, Counter() as counter, pytest.raises(Done):
+        patch.setattr(batch, "to_host", brought)
+        given = torch.rand(5, 3, 8, 10, device="cuda"), torch.ones(5, K, device="cuda")
+        predict_batch(FakeMethod(), *given, plan, "abcde")
+    assert counter.host_reads == 1 + (plan.predicted == "classifier")
+    with Counter() as counter:
+        predict_batch(FakeMethod(), torch.rand(5, 3, 8, 10), torch.ones(5, K), plan, "abcde")
+    assert counter.host_reads == (plan.predicted == "classifier")   # a copy to where it is counts for nothing
+
+
+@pytest.mark.parametrize("failing", [None, 100])
+def test_writers_are_threads_of_their_own(failing):
+    """In order; so many wait; what one raises ends all of it, as Ctrl-C does, and no thread stays."""
+    threads, taken, written = threading.active_count(), [], []
+
+    def lists():
+        for first in range(0, 300, 3):
+            taken.append(first)
+            yield [first, first + 1, first + 2]
+
+    def write(pair):
+        assert pair[1] != threading.get_ident()
+        time.sleep(0.003 * (pair[0] % 2))
+        if pair[0] == failing:
+            raise OSError("full disk")
+        written.append(pair[0])
+        return pair[0]
+
+    given = lambda items: [(item, threading.get_ident()) for item in items], write, lists(), 2, 3
+    ends = nullcontext() if failing is None else pytest.raises(OSError, match="full disk")
+    with ends, closing(in_pools(*given, (torch.set_num_threads, 1))) as results:
+        for count, number in enumerate(results):
+            assert count == number and 3 * len(taken) - count <= 3 * 3 + 3 + 3
+            if number == 280:
+                break
+    assert {*range(failing or 280)} <= {*written} and threading.active_count() == threads
+    assert max(taken) < (failing or 280) + 18
+
+
+@pytest.mark.parametrize("fits", [3, 0])
+def test_a_batch_too_large_for_the_memory_goes_in_parts(fits, capsys):
+    class Small(FakeMethod):
+        def maps(self, images, *rest):
+            assert held is None or held() is None, "the tensors of the failed batch live on"
+            return self.counted(images.clone(), *rest)
+
+        def counted(self, images, *rest):
+            nonlocal held
+            if len(images) > fits:
+                held = weakref.ref(images)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().maps(images, *rest)
+
+    class OneSize(FakeSet):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return item._replace(image=item.image[:, :6, :6], label_map=item.label_map[:6, :6])
+
+    plan, held, method = evaluation_plan(config()), None, Small()
+    if not fits:
+        with pytest.raises(UserError, match=r"image_0: 6x6 pixels .*; give a smaller evaluate\.base_size"):
+            score(method, OneSize(8), K, plan, ALONE, batch_size=8)
+        return
+    made, alone = (score(m, OneSize(20), K, plan, ALONE, batch_size=b) for m, b in ((method, 8), (FakeMethod(), 1)))
+    assert all((made[row] == alone[row]).all() for row in alone)
+    assert max(call[0][0] for call in method.calls) == 2
+    assert capsys.readouterr().err.count("4 images of 6x6 are too many for the GPU's memory: 2 at once") >= 1
 
 
 def test_crf_starts_from_background_and_present_maps():
@@ -299,11 +407,14 @@ def test_images_of_one_size_go_together(base_size):
             np.testing.assert_array_equal(together[row], matrix, err_msg=str(row))
 
 
-def test_same_size_loses_and_mixes_nothing():
+def test_same_size_loses_and_mixes_nothing(monkeypatch):
+    monkeypatch.setattr(many, "WAITING", 1500)
     items = [FakeSet(1)[index] for index in range(200)]
     groups = list(same_size(iter(items), lambda size: 3))
     assert sorted(item.name for group in groups for item in group) == sorted(item.name for item in items)
     assert all(len({item.image.shape for item in group}) == 1 and len(group) <= 3 for group in groups)
+    (shared,), (again,) = (list(same_size(items[:1], lambda size: 2)) for _ in range(2))
+    assert shared[0].image.data_ptr() != again[0].image.data_ptr()   # a loader's shared memory is not held
     taken = 0
 
     def counted():
@@ -313,8 +424,9 @@ def test_same_size_loses_and_mixes_nothing():
 
     given = 0
     for group in same_size(counted(), lambda size: 3):
-        given += len(group)
-        assert taken - given <= 3 * 8   # so many wait at most
+        given += sum(item.label_map.size for item in group)
+        waiting = sum(item.label_map.size for item in items[:taken]) - given
+        assert waiting <= 1500 + 11 * 11   # with the image that came last
 
 
 def test_more_processes_than_images():
