@@ -10,12 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
+from bilateralfilter import _extension
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY_CLASSES = {1: "aeroplane", 3: "bird", 8: "cat", 12: "dog"}  # VOC id -> name
 
 # tests that run beside each other share the cores: threads that wait for a core cost more than they bring
 BESIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 torch.set_num_threads(max(1, min(2, len(os.sched_getaffinity(0)) // BESIDE)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not (torch.cuda.is_available() and _extension.load("cuda")):
+        pytest.skip("no GPU, or no nvcc")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bilateralfilter import DenseCRF, _extension, pytorch
+from bilateralfilter import DenseCRF, pytorch
 from bilateralfilter.lattice import bilateral_features, grid_features
 from tests.bilateralfilter.slow import random, smooth_images
 
@@ -249,7 +249,7 @@ def test_wrong_arguments(images, prob, message):
         DenseCRF(**SHARP)(images, prob)
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() and _extension.load("cuda")), reason="no GPU, or no nvcc")
+@pytest.mark.gpu
 def test_a_gpu_equals_the_cpu():
     images, prob = scene(2, 21, 60, 75)
     out = DenseCRF(**MORE)(images.cuda(), prob.cuda())

@@ -13,7 +13,6 @@ from bilateralfilter import DenseCRF, Lattice, _cuda_toolkit, _extension, bilate
 from tests.bilateralfilter.slow import random
 
 FOLDER = Path(__file__).parent
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,7 @@ def test_compiles_links_and_loads(tmp_path, monkeypatch, origin, wanted, built):
     assert library.stem.endswith(f"_cuda_{built}")
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("size", [(2, 21, 112, 112), (1, 3, 61, 53), (1, 1, 1, 1), (3, 81, 17, 40)])
 def test_filter_equals_the_cpu(size):
     images, maps = 255 * random(size[0], 3, *size[2:]), random(*size, seed=2)
@@ -121,7 +120,7 @@ def test_filter_equals_the_cpu(size):
     assert torch.equal(out, bilateral_filter(images.cuda(), maps.cuda(), 15, 50))  # the same bits again
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_filter_does_not_wait_for_the_device():
     images, maps = 255 * random(2, 3, 40, 50).cuda(), random(2, 21, 40, 50, seed=2).cuda()
     bilateral_filter(images, maps, 15, 50)
@@ -132,7 +131,7 @@ def test_filter_does_not_wait_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_crf_equals_the_cpu():
     images, prob = 255 * random(2, 3, 60, 70), random(2, 21, 60, 70, seed=2).softmax(1)
     crf = DenseCRF()

@@ -93,7 +93,7 @@ def test_a_step_reads_nothing_back():
     assert counter.host_reads > 0, "the counter sees what it should"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_gpu():
     training, batch = more_training()
     training.method.cuda()
