@@ -3,7 +3,9 @@
 import argparse
 import statistics
 import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,14 +13,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines.plain_maps import PlainMaps
 from benchmarks.measure import CLASSES, batch_of, interleaved, load_images, median_ratio, seconds_of
-from engine.config import load_config
+from datasets import build_val_set, find_images, voc
+from engine.checkpoints.files import save_weights
+from engine.config import load_config, portable
+from engine.distributed import Ranks
+from engine.evaluation import evaluate as evaluations
 from engine.inference.batch import Prediction, predict_batch
+from engine.inference.image_files import predict_files
 from engine.inference.plan import Plan, evaluation_plan
+from engine.inference.prediction_folder import Predictor
 from model.more.method import MoRe
 from utils.batch import Batch
 
 ALLOWED_DIFFERENCE = 1e-4   # share of pixels with another label: two orders of float32 sums
 SIZE = 375, 500             # of the images, which most of VOC's have
+WAYS = {                    # whose images a second are measured, with flip
+    "seg": ("seg", "evaluate.scales.seg=[1.0]"),
+    "lam": ("lam", "evaluate.multi_scale=true"),
+    "lam_crf": ("lam", "evaluate.multi_scale=true", "evaluate.crf=true"),
+}
 
 
 def evaluate(options: argparse.Namespace) -> list[dict]:
@@ -71,6 +84,30 @@ def difference(plain: list[Prediction], ours: list[Prediction]) -> float:
     """The share of pixels, of all label maps, with another label."""
     pairs = zip(plain, ours, strict=True)
     return float(np.mean([a.labels[row] != b.labels[row] for a, b in pairs for row in a.labels]))
+
+
+def rates(root: Path, settings: list[str], ranks: Ranks) -> dict[str, dict[str, float]]:
+    """Images a second of every one of WAYS, of an evaluation and of a prediction that writes all its files.
+
+    root: of images and masks in the VOC layout, where the predictions go, too. settings: of the model, which is random.
+    """
+    config = load_config("more_voc", ["model.weights=random", *settings])
+    torch.manual_seed(0)
+    meta = {"method": "more", "classes": list(voc.CLASSES), "settings": portable(config)}
+    save_weights(root / "random.safetensors", MoRe(config, CLASSES), meta)
+    found = {}
+    for way, (kind, *plan) in WAYS.items():
+        given = [f"data.root={root}", "data.image_labels=masks", *plan]
+        predictor = Predictor(ranks, str(root / "random.safetensors"), given, kinds=[kind])
+        images = build_val_set(predictor.config)
+        for turn in range(2):   # the first warms up
+            begin = time.perf_counter()
+            evaluations.evaluate(predictor.method, images, predictor.config, ranks, predictor.file)
+            spent, folder = time.perf_counter() - begin, root / f"{way}{turn}"
+            done = predict_files(predictor, find_images([str(root / "JPEGImages")], folder), folder, "cat,dog")
+        found[way] = {"evaluation": len(images) / spent, "prediction": done.written / done.seconds}
+        print(f"{way}: {found[way]}", flush=True)
+    return found
 
 
 def print_row(row: dict) -> None:

@@ -118,6 +118,20 @@ def compare(
     return rows
 
 
+def against_cpu(size: tuple[int, ...], prepare: Callable[[Tensor, int, str], Rivals], device: str) -> dict:
+    """size: B, C, H, W. ms: of ours on the device, the median of 9; difference: from ours on the CPU."""
+    batch, channels, *shape = size
+    rivals = {}
+    for run in ("cpu", device):
+        torch.manual_seed(0)
+        rivals[run] = prepare(load_images(None, batch, *shape), channels, run)
+    expected, ours = rivals["cpu"].ours(), rivals[device]
+    difference = ours.difference(ours.ours().cpu(), expected)   # and it warms up
+    if not difference <= ours.allowed:
+        sys.exit(f"error: at {size} {device} and CPU differ by {difference:.1e}, more than {ours.allowed:.0e}")
+    return {"ms": 1000 * statistics.median(seconds_of(ours.ours, device) for _ in range(9)), "difference": difference}
+
+
 def measure(rivals: Rivals, ours: list[str], options: argparse.Namespace) -> dict:
     """The measured part of a row; `ours` are numbers of threads, or cuda.
 

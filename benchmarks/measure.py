@@ -5,6 +5,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,31 +13,62 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets import shapes
 from utils.batch import Batch, most_classes
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.images import normalize, read_rgb
+from utils.images import normalize, read_rgb, write_label_png
 
 CLASSES = 20
 HOST_READS = tuple(f"aten.{name}" for name in (
     "_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "bincount"))
 
 
-def seconds_of(call: Callable[[], object], device: str) -> float:
+def clock_of(device: str) -> tuple[Callable[[], object], Callable[[object, object], float], Callable[[], None]]:
+    """mark(), seconds_between(mark, mark), and wait(), which comes before a GPU's marks are read."""
     if device == "cpu":
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
+        return time.perf_counter, lambda begin, end: end - begin, lambda: None
+    return _event, lambda begin, end: begin.elapsed_time(end) / 1000, torch.cuda.synchronize
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    mark, seconds_between, wait = clock_of(device)
+    wait()
+    begin = mark()
     call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    end = mark()
+    wait()
+    return seconds_between(begin, end)
+
+
+def host_waits(call: Callable[[], object]) -> int:
+    """How often the host waits for the GPU within call()."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def kernels_of(call: Callable[[], object]) -> dict:
+    """kernels: what the GPU runs in call(), copies too; busy: their seconds. Nothing where the profiler sees none."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    ran = [e for e in profile.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return {"kernels": len(ran), "busy": sum(e.time_range.elapsed_us() for e in ran) / 1e6} if ran else {}
 
 
 def interleaved(timers: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -91,12 +123,25 @@ def image_files(folder: Path) -> list[Path]:
     return paths
 
 
-def batch_of(images: Tensor, device: str) -> Batch:
+def write_voc(root: Path, count: int) -> None:
+    """Generated images of VOC's most frequent sizes with their masks, in its layout, as split val; 12 differ."""
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("".join(f"{index:04d}\n" for index in range(count)))
+    for folder in (images := root / "JPEGImages", masks := root / "SegmentationClass"):
+        folder.mkdir()
+    for index in range(count):
+        height, width = ((375, 500), (500, 375), (333, 500))[index % 3]
+        image, label_map = (x[:height, :width] for x in shapes.draw(0, "val", index % 12, 500))
+        cv2.imwrite(str(images / f"{index:04d}.jpg"), image[..., ::-1])
+        write_label_png(masks / f"{index:04d}.png", label_map)
+
+
+def batch_of(images: Tensor, device: str, classes: int = CLASSES) -> Batch:
     """uint8 images (B, 3, H, W) with one to three classes each, in turn."""
     normal = torch.stack([normalize(image.permute(1, 2, 0).numpy()) for image in images])
-    labels = torch.zeros(len(images), CLASSES)
+    labels = torch.zeros(len(images), classes)
     for index in range(len(images)):
-        labels[index, [(7 * index + 3 * k) % CLASSES for k in range(1 + index % 3)]] = 1
+        labels[index, [(7 * index + 3 * k) % classes for k in range(1 + index % 3)]] = 1
     valid = torch.ones(len(images), *images.shape[2:], dtype=torch.bool)
     batch = Batch([""] * len(images), normal, labels, valid, torch.arange(len(images)), most_classes(labels))
     return batch.to(torch.device(device))

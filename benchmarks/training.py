@@ -12,7 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,11 @@ from benchmarks.measure import (
     CLASSES,
     Counter,
     batch_of,
+    clock_of,
+    host_waits,
     image_files,
     interleaved,
+    kernels_of,
     load_images,
     load_plain_filter,
     median_ratio,
@@ -37,13 +42,14 @@ from datasets.samples import Sample
 from datasets.sets import TrainSet
 from datasets.transforms import build_augmentation, seeded
 from engine.config import RunConfig, load_config
-from engine.distributed import Ranks, barrier, cleanup, peak_memory, setup
+from engine.distributed import Ranks, barrier, cleanup, peak_memory, setup, use_tf32
 from engine.training.sampler import GlobalBatches
 from engine.training.step import Trainer
 from model.losses.ratio import local_ratio
 from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
 from model.more.method import MoRe
 from model.pseudo_labels import present_first, refined_labels
+from utils.batch import Batch
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.images import read_rgb
@@ -52,15 +58,16 @@ ALLOWED_DIFFERENCE = {"fp32": 1e-3, "bf16": 5e-2}   # of a loss term, relative t
 LATE = 12_000   # an iteration at which every term has a weight and token labels come from the main CAM
 
 
-def step_config(options: argparse.Namespace, precision: str) -> RunConfig:
-    overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"train.precision={precision}"]
-    return load_config("more_voc", [*overrides, f"data.crop_size={options.crop}"])
+def step_config(options: argparse.Namespace) -> RunConfig:
+    overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"data.crop_size={options.crop}"]
+    return load_config("more_voc", [*overrides, *options.settings])
 
 
-def make_trainer(config: RunConfig, plain: bool, ranks: Ranks) -> Trainer:
+def make_trainer(config: RunConfig, plain: bool, ranks: Ranks, classes: int = CLASSES) -> Trainer:
     """A trainer in the last stage. plain: with the plainly formulated losses and AdamW parameter by parameter."""
     torch.manual_seed(0)
-    method = (plain_step.PlainMoRe if plain else MoRe)(config, CLASSES).to(ranks.device).train()
+    use_tf32(config.train.tf32)
+    method = (plain_step.PlainMoRe if plain else MoRe)(config, classes).to(ranks.device).train()
     trainer = Trainer(method, config, ranks)
     trainer.iteration = LATE
     if plain:
@@ -71,40 +78,33 @@ def make_trainer(config: RunConfig, plain: bool, ranks: Ranks) -> Trainer:
 
 
 @contextmanager
-def phases_of(trainer: Trainer, synchronize: Callable[[], None]) -> Iterator[dict[str, float]]:
-    """Within it the seconds of every phase of the steps are summed: each phase without those inside it."""
-    seconds: dict[str, float] = defaultdict(float)
-    inside: list[float] = []
+def phases_of(trainer: Trainer, mark: Callable) -> Iterator[list[tuple[str, object]]]:
+    """Within it every border between phases of the steps is noted: the phase that begins or goes on there, and mark().
+    Outside of all phases it is ''. Nothing is waited for: a GPU's marks are events."""
+    borders: list[tuple[str, object]] = []
+    inside = [""]
 
     def timed(function: Callable, phase: str) -> Callable:
         def call(*args, **kwargs):
-            synchronize()
-            begin = time.perf_counter()
-            inside.append(0.0)
+            inside.append(phase)
+            borders.append((phase, mark()))
             try:
                 return function(*args, **kwargs)
             finally:
-                synchronize()
-                whole = time.perf_counter() - begin
-                seconds[phase] += whole - inside.pop()
-                if inside:
-                    inside[-1] += whole
+                inside.pop()
+                borders.append((inside[-1], mark()))
         return call
 
-    method, backward = trainer.method, Tensor.backward
+    method, plain = trainer.method, isinstance(trainer.method, plain_step.PlainMoRe)
     calls = {
-        "CAM pass": (method, "_training_cams"), "refine": (method, "_pixel_labels"), "losses": (method, "losses"),
-        "forward": (method.network, "forward"), "optimizer": (trainer.optimizer, "step"),
+        "CAM pass": (method, "_all_cams" if plain else "_training_cams"), "refine": (method, "_pixel_labels"),
+        "forward": (plain_step, "plain_forward") if plain else (method.network, "forward"),
+        "losses": (method, "losses"), "backward": (Tensor, "backward"), "optimizer": (trainer.optimizer, "step"),
     }
-    for phase, (owner, name) in calls.items():
-        setattr(owner, name, timed(getattr(owner, name), phase))
-    Tensor.backward = timed(backward, "backward")
-    try:
-        yield seconds
-    finally:
-        Tensor.backward = backward
-        for owner, name in calls.values():
-            delattr(owner, name)
+    with ExitStack() as stack:
+        for phase, (owner, name) in calls.items():
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), phase)))
+        yield borders
 
 
 def step(options: argparse.Namespace) -> list[dict]:
@@ -126,42 +126,61 @@ def step(options: argparse.Namespace) -> list[dict]:
 
 
 def measure_step(options: argparse.Namespace, batch: int, precision: str) -> dict:
-    """The measured part of a row. Each formulation runs in a process of its own; they take turns, so that each has
-    all cores and a peak of its own."""
+    """The measured part of a row."""
     given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "device": options.device}
     given["images"] = str(options.images or "")
-    workers = {"ours": StepWorker({**given, "precision": precision, "plain": False})}
+    workers = {"ours": {**given, "settings": [f"train.precision={precision}"]}}
     if options.baseline:
-        workers["plain"] = StepWorker({**given, "precision": "fp32", "plain": True})
-    first = {name: worker.step() for name, worker in workers.items()}   # warms up and counts
+        workers["plain"] = {**given, "settings": ["train.precision=fp32"], "plain": True}
     repeats = options.repeats or 3
-    turns = [{name: worker.step() for name, worker in workers.items()} for _ in range(repeats)]
-    times = {name: [turn[name]["seconds"] for turn in turns] for name in workers}
-    row = {key: first["ours"][key] for key in ("operators", "host_reads", "flops")}
-    row |= {"seconds": {name: statistics.median(spent) for name, spent in times.items()}, "repeats": repeats}
-    phases = turns[0]["ours"]["phases"]
-    row["phases"] = {phase: statistics.median(turn["ours"]["phases"][phase] for turn in turns) for phase in phases}
-    row["peak_gb"] = {name: worker.close() for name, worker in workers.items()}
+    found = compare_steps(workers, 1, repeats)
+    row = {key: found["ours"][key] for key in ("operators", "host_reads", "flops", "phases")} | {"repeats": repeats}
+    row |= {key: {name: one[key] for name, one in found.items()} for key in ("seconds", "peak_gb")}
     if "plain" in workers:
-        row["ratio"] = median_ratio(times["plain"], times["ours"])
-        ours, plain = first["ours"]["terms"], first["plain"]["terms"]
-        row["difference"] = max(abs(ours[name] - plain[name]) for name in plain) / abs(plain["total"])
+        row |= {key: found["ours"][key] for key in ("ratio", "difference")}
     row["matmul_flops"] = matmul_rate(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
     row["utilisation"] = row["flops"] / row["seconds"]["ours"] / row["matmul_flops"]
     return row
 
 
+def compare_steps(given: dict[str, dict], steps: int, repeats: int, end: float = float("inf")) -> dict[str, dict]:
+    """What is measured of the steps of every `StepWorker(given[name])`; with `plain` among them, also against it.
+
+    seconds and phases of a step: medians of `repeats` turns of so many steps, of fewer where time.monotonic() would
+    pass `end`. Each formulation runs in a process of its own; they take turns, so that each has all cores and a peak of
+    its own. On a GPU idle is the share of the step in which it computes nothing.
+    """
+    workers = {name: StepWorker(one) for name, one in given.items()}
+    found = {name: worker.steps(1) for name, worker in workers.items()}   # warms up and counts
+    turns: list[dict] = []
+    begin = time.monotonic()
+    while len(turns) < repeats and (not turns or time.monotonic() + (time.monotonic() - begin) / len(turns) < end):
+        turns.append({name: worker.steps(steps) for name, worker in workers.items()})
+    times = {name: [turn[name]["seconds"] for turn in turns] for name in workers}
+    for name, one in found.items():
+        phases = {phase: statistics.median(turn[name]["phases"][phase] for turn in turns) for phase in one["phases"]}
+        one |= {"seconds": statistics.median(times[name]), "phases": phases, "repeats": len(turns)}
+        one |= {"rate": 1 / one["seconds"], "peak_gb": workers[name].close()}
+        if "busy" in one:
+            one["idle"] = max(0, 1 - one["busy"] / one["seconds"])
+        if "plain" in found:
+            one["ratio"] = median_ratio(times["plain"], times[name])
+            terms, plain = one["terms"], found["plain"]["terms"]
+            one["difference"] = max(abs(terms[term] - plain[term]) for term in plain) / abs(plain["total"])
+    return found
+
+
 class StepWorker:
-    """A process that trains: one step for every line it gets, one line of JSON for every step, the peak at the end."""
+    """A process that trains: so many steps for every number it gets, one line of JSON for them, the peak at the end."""
 
     def __init__(self, given: dict) -> None:
         command = [sys.executable, "-c", "import benchmarks.training as s; s.work()", json.dumps(given)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, cwd=ROOT, **pipes)
 
-    def step(self) -> dict:
-        """What `work` says of one step."""
-        self.process.stdin.write("step\n")
+    def steps(self, count: int) -> dict:
+        """What `work` says of so many steps."""
+        self.process.stdin.write(f"{count}\n")
         self.process.stdin.flush()
         return self._answer()
 
@@ -180,31 +199,50 @@ class StepWorker:
 
 
 def work() -> None:
-    """The process of a `StepWorker`."""
-    options = argparse.Namespace(**json.loads(sys.argv[1]))
+    """The process of a `StepWorker`. Its first answer holds what `counted` counts, too."""
+    options = argparse.Namespace(**{"plain": False, "classes": CLASSES} | json.loads(sys.argv[1]))
     folder = Path(options.images) if options.images else None
-    given = batch_of(load_images(folder, options.batch, options.crop, options.crop), options.device)
+    images = load_images(folder, options.batch, options.crop, options.crop)
+    given = batch_of(images, options.device, options.classes)
     ranks = Ranks(0, 1, torch.device(options.device))
-    trainer = make_trainer(step_config(options, options.precision), options.plain, ranks)
-    cuda = options.device == "cuda"
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
-    counted = False
-    for _ in sys.stdin:
-        flops, counter = FlopCounterMode(display=False), Counter()
-        with ExitStack() as stack:
-            for mode in () if counted else (flops, counter):
-                stack.enter_context(mode)
-            phases = stack.enter_context(phases_of(trainer, synchronize))
-            synchronize()
-            begin = time.perf_counter()
-            terms = trainer.step(given)
-            synchronize()
-            seconds = time.perf_counter() - begin
-        answer = {"seconds": seconds, "phases": phases, "terms": {name: float(x) for name, x in terms.items()}}
-        answer |= {"operators": counter.operators, "host_reads": counter.host_reads, "flops": flops.get_total_flops()}
-        counted = True
-        print(json.dumps(answer), flush=True)
-    print(json.dumps({"peak": peak_memory(torch.device(options.device))}), flush=True)
+    trainer = make_trainer(step_config(options), options.plain, ranks, options.classes)
+    answer = counted(trainer, given)
+    for line in sys.stdin:
+        print(json.dumps(answer | timed_steps(trainer, given, int(line))), flush=True)
+        answer = {}
+    print(json.dumps({"peak": peak_memory(ranks.device)}), flush=True)
+
+
+def counted(trainer: Trainer, given: Batch) -> dict:
+    """The first step's terms and counts. On a GPU of two more how often the host waits, and what the GPU runs."""
+    flops, counter = FlopCounterMode(display=False), Counter()
+    with ExitStack() as stack:
+        for mode in () if trainer.config.train.compile else (flops, counter):   # compiled code would be left aside
+            stack.enter_context(mode)
+        terms = trainer.step(given)
+    found = {"terms": {name: float(x) for name, x in terms.items()}, "flops": flops.get_total_flops()}
+    found |= {"operators": counter.operators, "host_reads": counter.host_reads}
+    if trainer.ranks.device.type == "cuda":
+        found["host_reads"] = host_waits(partial(trainer.step, given))
+        found |= kernels_of(partial(trainer.step, given))
+    return found
+
+
+def timed_steps(trainer: Trainer, given: Batch, count: int) -> dict:
+    """Seconds of a step and of its phases, on the mean of `count` steps one after the other."""
+    mark, seconds_between, wait = clock_of(trainer.ranks.device.type)
+    wait()
+    with phases_of(trainer, mark) as borders:
+        begin = mark()
+        for _ in range(count):
+            trainer.step(given)
+        end = mark()
+    wait()
+    phases: dict[str, float] = defaultdict(float)
+    for (phase, since), (_, until) in pairwise(borders):
+        phases[phase] += seconds_between(since, until) / count
+    phases.pop("", None)
+    return {"seconds": seconds_between(begin, end) / count, "phases": phases}
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
@@ -339,7 +377,7 @@ def data(options: argparse.Namespace) -> list[dict]:
           f"{1000 * decoding:.2f} ms, augment and normalise {1000 * augmenting:.2f} ms an image")
     row = {"benchmark": "data", "crop": options.crop, "decode": decoding, "augment": augmenting, "images_a_second": {}}
     for workers in options.threads:
-        length = max(count, 256) // 4
+        length = max(count, 256, 160 * workers) // 4   # a worker has made 8 of them before the clock starts
         batches = GlobalBatches(len(paths), 4, length, seed=0)
         loader = DataLoader(train_set, batch_sampler=batches, collate_fn=collate_train, num_workers=workers)
         turns = iter(loader)
@@ -355,14 +393,17 @@ def data(options: argparse.Namespace) -> list[dict]:
 
 
 def ddp(options: argparse.Namespace) -> list[dict]:
-    """Steps of two processes with one thread each against one process with one thread, each with --batch images."""
+    """Steps of two processes, or one on every GPU, against one process, each with one CPU thread and --batch images."""
+    count = 2 if options.device == "cpu" else torch.cuda.device_count()
+    if count < 2:
+        raise UserError("ddp --device cuda needs two GPUs or more")
     rows = []
     for batch in options.batch or (1,):
-        spent = {world: processes_step(options, batch, world) for world in (1, 2)}
-        ratio = 2 * spent[1] / spent[2]
+        spent = {world: processes_step(options, batch, world) for world in (1, count)}
+        ratio = count * spent[1] / spent[count]
         rows.append({"benchmark": "ddp", "batch": batch, "crop": options.crop, "seconds": spent, "ratio": ratio})
         print(f"\nddp: {options.backbone}, {batch} image(s) of {options.crop} a process, one thread each: one process "
-              f"{spent[1]:.2f} s a step, two {spent[2]:.2f} s: {ratio:.2f} times the images a second", flush=True)
+              f"{spent[1]:.2f} s a step, {count} {spent[count]:.2f}: {ratio:.2f} times the images a second", flush=True)
     return rows
 
 
@@ -372,11 +413,13 @@ def processes_step(options: argparse.Namespace, batch: int, world: int) -> float
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "repeats": options.repeats or 3}
+    given["settings"] = ["train.precision=fp32"]
     command = [sys.executable, "-c", "import benchmarks.training as s; s.report_step()", json.dumps(given)]
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WSSS_DEVICE": "cpu"}
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WSSS_DEVICE": options.device}
     runs = [
         subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+            command, cwd=ROOT, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, text=True,
         )
         for rank in range(world)
     ]
@@ -391,15 +434,13 @@ def report_step() -> None:
     options = argparse.Namespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
     ranks = setup()
-    trainer = make_trainer(step_config(options, "fp32"), False, ranks)
-    given = batch_of(load_images(None, options.batch, options.crop, options.crop), "cpu")
+    trainer = make_trainer(step_config(options), False, ranks)
+    given = batch_of(load_images(None, options.batch, options.crop, options.crop), ranks.device)
     trainer.step(given)
     spent = []
     for _ in range(options.repeats):
         barrier()
-        begin = time.perf_counter()
-        trainer.step(given)
-        spent.append(time.perf_counter() - begin)
+        spent.append(seconds_of(partial(trainer.step, given), ranks.device.type))
     if ranks.rank == 0:
         print(statistics.median(spent))
     cleanup()
