@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.config import CLASSIFIER
 from engine.inference.plan import Plan, Row
+from engine.precision import autocast
 from model.method import Method
 from model.multi_scale import resize
 from utils.crf import dense_crf
@@ -59,10 +60,11 @@ def predict_batch(
     Raises UserError, naming the image, where a map is not finite.
     """
     squares, class_logits = _squares(images, plan.base_size), None
-    if plan.class_logits or plan.predicted == CLASSIFIER:
-        class_logits = method.classify(squares)
-    there = _present_classes(method, squares, class_logits, labels, plan)
-    maps = method.maps(images, {kind: plan.maps[kind] for kind in plan.kinds}, there.float())
+    with autocast(images.device, plan.precision):
+        if plan.class_logits or plan.predicted == CLASSIFIER:
+            class_logits = method.classify(squares)
+        there = _present_classes(method, squares, class_logits, labels, plan)
+        maps = method.maps(images, {kind: plan.maps[kind] for kind in plan.kinds}, there.float())
     logits = () if class_logits is None else (class_logits,)
     pictures = (to_bytes(images),) if plan.crf else ()
     finite = torch.stack([values.isfinite().flatten(1).all(1) for values in maps.values()])   # (kinds, B)

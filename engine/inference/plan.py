@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
 from engine.config import RunConfig
+from engine.precision import precision_on
 from model import METHODS
 from model.method import MapKind, MapPlan
 from model.multi_scale import with_scale_1
@@ -36,6 +39,10 @@ class Plan(NamedTuple):
     def rows(self) -> list[Row]:
         """The label maps that come of it."""
         return [(kind, crf) for kind in self.kinds for crf in ((False, True) if self.crf else (False,))]
+
+    def on(self, device: torch.device) -> "Plan":
+        """The plan with the precision that it has on this device."""
+        return self._replace(precision=precision_on(device, self.precision))
 
     def only(self, kind: str) -> "Plan":
         """The plan of one of its kinds."""

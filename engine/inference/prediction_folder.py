@@ -57,7 +57,8 @@ class Predictor:
         elif default is not None:
             settings = [maps_setting([default(checkpoint_config(self.file, settings, config)[0])]), *settings]
         method, self.classes, self.config, _ = open_checkpoint(self.file, settings, config)
-        self.ranks, self.method, self.plan = ranks, method.to(ranks.device), evaluation_plan(self.config)
+        self.ranks, self.method = ranks, method.to(ranks.device)
+        self.plan = evaluation_plan(self.config).on(ranks.device)
 
     def images_of(self, split: str) -> ImageSet:
         """The images of a split of the config's data. Raises UserError for other classes than the checkpoint's."""
