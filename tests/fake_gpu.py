@@ -40,9 +40,9 @@ class Watch(TorchDispatchMode):
         )
         if name.startswith(WAITS) or by_mask:
             self.waits.append(name)
-        if name.startswith(("aten._to_copy", "aten.copy_")):
-            if len({x.device.type for x in (*args, result) if isinstance(x, Tensor)}) > 1:
-                self.transfers.append(f"{name} {tuple(result.shape)} to {result.device.type}")
+        devices = {x.device.type for x in (*args, result) if isinstance(x, Tensor)}
+        if name.startswith(("aten._to_copy", "aten.copy_")) and len(devices) > 1:
+            self.transfers.append(f"{name} {tuple(result.shape)} to {result.device.type}")
         return result
 
 
@@ -59,6 +59,7 @@ def on_fake(module: nn.Module, device: torch.device) -> Iterator[None]:
         with (
             patch.object(_extension, "load", lambda kind: kind == "cuda" or load(kind)),
             patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            patch.object(torch.cuda, "is_bf16_supported", lambda: True),
             FakeTensorMode(allow_non_fake_inputs=False, shape_env=ShapeEnv()),
         ):
             for part in module.modules():

@@ -43,11 +43,11 @@ def evaluate(
 
     dataset: of the split config.data.val_split, with `classes`. weights: the checkpoint's path, for the rows.
     Returns one row for each label map: `map, method, dataset, split, images, scales, flip, crf, image_labels,
-    predicted_from, background, input, precision, miou, pixel_accuracy, iou, checkpoint, iteration, seconds, evaluation`. Scores
-    are shares in 0..1; image_labels is None for a kind that uses none; background: the threshold, where there is one;
-    input: side of the squares, None for native size; precision: fp32 or bf16; iteration: the checkpoint's, None where its file does not say;
-    seconds are those of the whole pass, which makes all rows; evaluation: the folder, in evaluation/ beside
-    `results`, with its confusion matrices and the scores of its images.
+    predicted_from, background, input, precision, miou, pixel_accuracy, iou, checkpoint, iteration, seconds,
+    evaluation`. Scores are shares in 0..1; image_labels is None for a kind that uses none; background: the threshold,
+    where there is one; input: side of the squares, None for native size; precision: fp32 or bf16; iteration: the
+    checkpoint's, None where its file does not say; seconds are those of the whole pass, which makes all rows;
+    evaluation: the folder, in evaluation/ beside `results`, with its confusion matrices and the scores of its images.
     """
     plan, started = evaluation_plan(config).on(ranks.device), time.perf_counter()
     iteration = files.read_meta(weights).get("iteration") if Path(weights).is_file() else None   # of what was loaded

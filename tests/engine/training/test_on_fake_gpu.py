@@ -1,4 +1,4 @@
-"""The step of training at full size, on a GPU that is not there: what would stop it or make the host wait for it."""
+"""Training and evaluation at full size, on a GPU that is not there: what would stop them, or make the host wait."""
 
 import pytest
 import torch
@@ -6,8 +6,10 @@ from torch._dynamo.testing import CompileCounter
 
 from engine.config import load_config
 from engine.distributed import Ranks
-from engine.evaluation.evaluate import validate
+from engine.inference import batch
+from engine.inference.batch import evaluation_mode, predict_batch
 from engine.inference.pictures import training_picture
+from engine.inference.plan import evaluation_plan, validation_plan
 from engine.precision import autocast
 from engine.training.step import Trainer
 from model import build_method, multi_scale
@@ -28,20 +30,20 @@ def more(request):
 
 def full_batch(classes, device, size=448, count=4):
     images, valid = torch.empty(count, 3, size, size), torch.empty(count, size, size, dtype=torch.bool)
-    batch = Batch(["a"] * count, images, torch.empty(count, classes), valid, torch.empty(count, dtype=torch.int64), 4)
-    return batch.to(device)
+    labels, seeds = torch.empty(count, classes), torch.empty(count, dtype=torch.int64)
+    return Batch(["a"] * count, images, labels, valid, seeds, 4).to(device)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("iteration", [0, LATE])
 def test_losses(more, iteration, precision):
     """In every stage all tensors are on the GPU, and the host neither reads from it nor sends to it."""
-    config, method = more
+    _, method = more
     with on_fake(method, GPU):
-        batch = full_batch(method.num_classes, GPU)
+        given = full_batch(method.num_classes, GPU)
         for watch in (Watch(), Watch()):   # constants are sent once
             with watch, autocast(GPU, precision):
-                terms = method(batch, iteration)
+                terms = method(given, iteration)
     assert watch.waits == watch.transfers == []
     assert {(term.device, term.dtype, term.shape) for term in terms.values()} == {(GPU, torch.float32, ())}
 
@@ -51,25 +53,54 @@ def test_step(more, monkeypatch):
     config, method = more
     monkeypatch.setattr(multi_scale, "PIXELS_AT_ONCE", 1 << 40)
     with on_fake(method, CPU):
-        trainer, batch = Trainer(method, config, Ranks(0, 1, CPU)), full_batch(method.num_classes, CPU)
+        trainer, given = Trainer(method, config, Ranks(0, 1, CPU)), full_batch(method.num_classes, CPU)
         trainer.iteration = LATE
-        trainer.step(batch)
+        trainer.step(given)
         with Watch() as watch:
-            trainer.step(batch)
+            trainer.step(given)
     assert watch.waits == []
     assert 500 < watch.operators.total() < 3000, watch.operators
+
+
+class Brought(Exception):
+    """What a batch made of it comes to the host."""
+
+
+@pytest.mark.parametrize("plan", [
+    pytest.param(["evaluate.multi_scale=true"], id="seven scales"),
+    pytest.param(["evaluate.image_labels=predicted", "evaluate.predict_from=seg"], id="labels from seg"),
+    pytest.param(["evaluate.base_size=null"], id="native size"),
+    pytest.param(None, id="validation"),
+])
+def test_maps_of_a_batch(more, plan, monkeypatch):
+    """All kinds of maps and their label maps, in the precision of the run: read once, at the end."""
+    config, method = more
+
+    def brought(ids, finite, *others):
+        assert (ids.dtype, ids.device, ids.shape) == (torch.uint8, GPU, (len(plan.kinds), 8, 375, 500))
+        assert finite.shape == (len(plan.kinds), 8)
+        raise Brought
+
+    monkeypatch.setattr(batch, "to_host", brought)
+    plan = validation_plan(config) if plan is None else evaluation_plan(load_config("more_voc", plan))
+    with on_fake(method, GPU), evaluation_mode(method):
+        images = torch.empty(8, 3, 375, 500, device=GPU)
+        labels = torch.empty(8, method.num_classes, device=GPU)
+        with Watch() as watch, pytest.raises(Brought):
+            predict_batch(method, images, labels, plan._replace(precision="bf16"), ["a"] * 8)
+    assert watch.waits == watch.transfers == []
 
 
 def test_graphs_of_a_compiled_training():
     """One for the training forward and one for each scale of the CAM pass, whatever happens between the steps: stages,
     pictures, validation; none is compiled twice, or given up."""
-    training, batch = more_training("pseudo_labels.cam_scales=[1.0,0.5,0.75,1.25,1.5,1.75,2.0,2.25]")
+    training, given = more_training("pseudo_labels.cam_scales=[1.0,0.5,0.75,1.25,1.5,1.75,2.0,2.25]")
     counter = CompileCounter()
     training.method.compile(backend=counter)
     for iteration in (0, 3000, LATE):
         training.iteration = iteration
-        training.step(batch)
-        training_picture(training.method, batch, list("abcd"), training.config)
+        training.step(given)
+        training_picture(training.method, given, list("abcd"), training.config)
         training.method.eval()
         for side in (32, 40, 48, 56, 72, 80):
             training.method.classify(torch.zeros(2, 3, side, side))
