@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent
 FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off"]
 NVCC_FLAGS = ["-O3", "--extended-lambda", "--fmad=false"]
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> torch's name of its operators; each has a library of its own
-OPERATORS = ("build", "apply", "add_", "mean_field")  # those of pytorch.py, which take the place of missing ones
+OPERATORS = "build", "apply", "add_", "mean_field", "par_affinity", "par_refine"  # of pytorch.py and par.py where missing
 _lock = threading.Lock()
 
 
@@ -70,12 +70,12 @@ def _load(device_type: str) -> bool:
     compiled = has_kernel("bilateralfilter::build", key)
     if not compiled:
         warnings.warn(f"bilateralfilter runs as slow plain PyTorch on {device_type}: {reason}", stacklevel=4)
-    from . import pytorch
+    from . import par, pytorch
     from .lattice import library
 
     for name in OPERATORS:
         if not has_kernel(f"bilateralfilter::{name}", key):
-            library.impl(name, getattr(pytorch, name), key)
+            library.impl(name, getattr(par if name.startswith("par") else pytorch, name), key)
     return compiled
 
 

@@ -1,9 +1,6 @@
 // The inner loops of cpu_filter.cpp, included by instruction_sets.h. Rows hold `width` channels, a multiple of WIDTH.
 
-template <class T>
-struct Vector {
-  typedef T type __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
-};
+#include "cpu_vectors.h"
 
 // C channels of a row, as many as stay in registers.
 template <class T, int C>
@@ -138,24 +135,6 @@ template <class T>
 void slice(const Lattice<T>& lattice, int64_t image, int64_t begin, int64_t end, int64_t width, const T* rows, T* out,
            int64_t stride, bool add) {
   for (int64_t p = begin; p < end; ++p) slice_pixel(lattice, image, p, width, rows, out + p * stride, add);
-}
-
-// exp for x <= 0, relative error below 3e-7; 0 below -87.
-inline __attribute__((always_inline)) typename Vector<float>::type exp_pack(typename Vector<float>::type x) {
-  typedef typename Vector<float>::type Pack;
-  typedef int32_t Ints __attribute__((vector_size(BYTES)));
-  const Pack least = Pack{} - 87.0f, bounded = x < least ? least : x;
-  const Ints n = __builtin_convertvector(bounded * 1.44269504f - 0.5f, Ints); // towards 0: the nearest, for x <= 0
-  const Pack whole = __builtin_convertvector(n, Pack);
-  const Pack r = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f; // |r| <= ln 2 / 2
-  Pack y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const Ints power = (n + 127) << 23;
-  return x < least ? Pack{} : y * reinterpret_cast<const Pack&>(power);
 }
 
 // to = what the stencil gives pixels [begin, end) of an image.

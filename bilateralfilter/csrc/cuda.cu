@@ -1,11 +1,11 @@
-// The lattice's operators for CUDA: gpu.h on a GPU.
+// The operators for CUDA: gpu.h and par_gpu.h on a GPU.
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "gpu.h"
+#include "par_gpu.h"
 
 namespace bilateralfilter::gpu {
 namespace {
@@ -62,12 +62,26 @@ void add_cuda(at::Tensor& out, const at::Tensor& values, at::TensorList lattice)
   add_<Cuda>(out, values, lattice, false, true);
 }
 
+at::Tensor par_affinity_cuda(const at::Tensor& images, const at::Tensor& position, at::IntArrayRef dilations,
+                             double width) {
+  const c10::cuda::CUDAGuard guard(images.device());
+  return par_affinity<Par<Cuda>>(images, position, dilations, width);
+}
+
+at::Tensor par_refine_cuda(const at::Tensor& maps, const at::Tensor& affinity, at::IntArrayRef dilations,
+                           int64_t iterations) {
+  const c10::cuda::CUDAGuard guard(maps.device());
+  return par_refine<Par<Cuda>>(maps, affinity, dilations, iterations);
+}
+
 } // namespace
 
 TORCH_LIBRARY_IMPL(bilateralfilter, CUDA, library) {
   library.impl("build", &build_cuda);
   library.impl("apply", &apply_cuda);
   library.impl("add_", &add_cuda);
+  library.impl("par_affinity", &par_affinity_cuda);
+  library.impl("par_refine", &par_refine_cuda);
 }
 
 } // namespace bilateralfilter::gpu

@@ -1,9 +1,10 @@
-// gpu.h on threads of the CPU, with atomics that threads can race for: its algorithm is tested where there is no GPU.
+// gpu.h and par_gpu.h on threads of the CPU, with atomics that threads can race for: their algorithms are tested where
+// there is no GPU.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "gpu.h"
+#include "par_gpu.h"
 
 namespace {
 
@@ -45,4 +46,8 @@ TORCH_LIBRARY(gpu_on_cpu, library) {
   library.def("build(Tensor features) -> Tensor[]", [](const at::Tensor& features) { return build<Threads>(features); });
   library.def("apply(Tensor values, Tensor[] lattice, bool transposed) -> Tensor", &apply);
   library.def("add_(Tensor(a!) out, Tensor values, Tensor[] lattice) -> ()", &add);
+  library.def("par_affinity(Tensor images, Tensor position, int[] dilations, float width) -> Tensor",
+              &bilateralfilter::par_affinity<Par<Threads>>);
+  library.def("par_refine(Tensor maps, Tensor affinity, int[] dilations, int iterations) -> Tensor",
+              &bilateralfilter::par_refine<Par<Threads>>);
 }

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from bilateralfilter import DenseCRF, Lattice, _cuda_toolkit, _extension, bilateral_filter
+from bilateralfilter import DenseCRF, Lattice, _cuda_toolkit, _extension, bilateral_filter, par
+from tests.bilateralfilter import test_par
 from tests.bilateralfilter.slow import random
 
 FOLDER = Path(__file__).parent
@@ -73,6 +74,20 @@ def test_features_that_do_not_fit_give_nan_where_they_touch(gpu_on_cpu):
     assert out[3:].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", test_par.SIZES)
+def test_its_par_is_that_of_the_cpu(gpu_on_cpu, size, dtype):
+    images, position, dilations, width = test_par.inputs(*size, dtype=dtype)
+    affinity = par.affinity(images, position, dilations, width)
+    eps = 1e-6 if dtype == torch.float32 else 1e-14
+    ours = gpu_on_cpu.par_affinity(images.transpose(2, 3).contiguous().transpose(2, 3), position, dilations, width)
+    torch.testing.assert_close(ours, affinity, rtol=0, atol=eps)
+    for iterations in (0, 1, 4):
+        maps = random(size[0], 15, *size[1:], dtype=dtype)
+        refined = gpu_on_cpu.par_refine(maps, affinity, dilations, iterations)
+        assert torch.equal(refined, par.refine(maps, affinity, dilations, iterations))
+
+
 BUILD = """
 import sys
 from pathlib import Path
@@ -83,7 +98,7 @@ _extension._build_folder = lambda: Path(sys.argv[1])
 _cuda_toolkit._candidates = lambda: [Path(sys.argv[2])]
 _cuda_toolkit.cards = lambda: {int(name.removesuffix("+PTX")) for name in _cuda_toolkit.listed()}
 assert _extension.load("cuda")
-for name in ("build", "apply", "add_", "mean_field"):
+for name in ("build", "apply", "add_", "mean_field", "par_affinity", "par_refine"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bilateralfilter::{name}", "CUDA")
 """
 
@@ -118,6 +133,16 @@ def test_filter_equals_the_cpu(size):
     assert out.is_cuda
     assert (out.cpu() - expected).abs().max() <= 1e-4 * expected.max()
     assert torch.equal(out, bilateral_filter(images.cuda(), maps.cuda(), 15, 50))  # the same bits again
+
+
+@pytest.mark.gpu
+def test_par_equals_the_cpu():
+    images, position, *rest = test_par.inputs(2, 61, 53)
+    maps, affinity = random(2, 6, 61, 53), par.affinity(images, position, *rest)
+    ours = par.affinity(images.cuda(), position.cuda(), *rest)
+    assert (ours.cpu() - affinity).abs().max() <= 1e-6
+    expected = par.refine(maps, affinity, test_par.DILATIONS, 10)
+    assert (par.refine(maps.cuda(), affinity.cuda(), test_par.DILATIONS, 10).cpu() - expected).abs().max() <= 2e-6
 
 
 @pytest.mark.gpu
