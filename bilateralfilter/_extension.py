@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent
 FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off"]
 NVCC_FLAGS = ["-O3", "--extended-lambda", "--fmad=false"]
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> torch's name of its operators; each has a library of its own
-OPERATORS = "build", "apply", "add_", "mean_field", "par_affinity", "par_refine"  # of pytorch.py and par.py where missing
+OPERATORS = "build", "apply", "add_", "mean_field", "par_affinity", "par_refine"  # else of pytorch.py, par.py
 _lock = threading.Lock()
 
 

@@ -199,12 +199,10 @@ class MoRe(Method):
         def coarse_maps(images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
             return together(network.coarse_maps(images, names))
 
-        def chosen(maps: Tensor) -> Tensor:
-            return torch.cat([present.of(half) for half in maps.chunk(2, 1)], 1)
-
+        twice = Present(torch.cat([present.classes, present.classes + self.num_classes], 1), present.there.repeat(1, 2))
         plan = MapPlan(with_scale_1(self.config.pseudo_labels.cam_scales), flip=True)
         known = together(network.cams_of(out.patches, out.aux))
-        fused = fused_maps(images, {"both": (plan, SUM_OF_POSITIVE)}, coarse_maps, known, chosen)
+        fused = fused_maps(images, {"both": (plan, SUM_OF_POSITIVE)}, coarse_maps, known, twice.of)
         return dict(zip(names, fused["both"].chunk(2, 1), strict=True))
 
     def _pixel_labels(self, cam: Tensor, present: Present, image: Tensor) -> Tensor:

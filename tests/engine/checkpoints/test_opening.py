@@ -81,6 +81,9 @@ def test_released_files_have_their_data_sets_classes(tmp_path, data, name):
     weights = {key: torch.randn(shape) for key, shape in official_shapes(method.network.state_dict()).items()}
     torch.save(weights, tmp_path / "released.pth")
     opened = open_checkpoint(str(tmp_path / "released.pth"), SMALL)
+    assert opened.config.train.precision == "fp32", "as it was trained, also on a GPU"
+    told = open_checkpoint(str(tmp_path / "released.pth"), [*SMALL, "train.precision=bf16"], config=name)
+    assert told.config.train.precision == "bf16"
     assert (opened.classes, opened.config_name) == (data.CLASSES, name)
     assert torch.equal(opened.method.network.decoder.conv8.weight, weights["decoder.conv8.weight"])
     with pytest.raises(UserError, match=rf"has {len(data.CLASSES)} classes, the data has 2: give its own data"):

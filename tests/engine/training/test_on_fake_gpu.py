@@ -59,7 +59,7 @@ def test_step(more, monkeypatch):
         with Watch() as watch:
             trainer.step(given)
     assert watch.waits == []
-    assert 500 < watch.operators.total() < 3000, watch.operators
+    assert 1000 < watch.operators.total() < 2000, watch.operators
 
 
 class Brought(Exception):
