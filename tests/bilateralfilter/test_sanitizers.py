@@ -17,7 +17,7 @@ SANITIZE = ["-O0", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefin
 BEGIN = """
 import sys
 import torch
-from bilateralfilter import DenseCRF, Lattice, bilateral_filter
+from bilateralfilter import DenseCRF, Lattice, bilateral_filter, par
 
 torch.manual_seed(0)
 torch.set_num_threads(2)
@@ -59,6 +59,10 @@ for height, width, classes in ((1, 1, 1), (1, 31, 2), (29, 1, 9), (37, 41, 21), 
     bilateral_filter(images, torch.full_like(prob, float("nan")), 0.5, 0.3)
     DenseCRF(iterations=2)(images, prob)
     DenseCRF(iterations=2, compatibility=-torch.eye(classes))(images, prob)
+for height, width, channels in ((1, 1, 1), (3, 5, 6), (2, 31, 15)):
+    for dtype in (torch.float32, torch.float64):
+        affinity = par.affinity(torch.rand(2, 3, height, width, dtype=dtype), torch.rand(24), (1, 4, 24), 0.3)
+        par.refine(torch.rand(2, channels, height, width, dtype=dtype), affinity, (1, 4, 24), 3)
 print("all done")
 """
 
