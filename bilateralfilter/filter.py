@@ -47,7 +47,8 @@ def bilateral_filter(
         there = features[torch.arange(len(features), device=features.device), first][:, None]
         features = torch.where(invalid, there, features)
         maps = maps.masked_fill(~valid[:, None], 0)
-    out = Lattice(features).filter(maps.flatten(2).transpose(1, 2))
+    lattice = Lattice(features, None if valid is None else valid.flatten(1))
+    out = lattice.filter(maps.flatten(2).transpose(1, 2))
     if valid is not None and valid.numel():
         out = out.masked_fill(invalid, 0)
     return out.transpose(1, 2).reshape(maps.shape)

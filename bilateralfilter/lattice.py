@@ -16,7 +16,7 @@ from . import _extension, pytorch
 MAX_DIMENSIONS = 8
 
 library = torch.library.Library("bilateralfilter", "DEF")
-library.define("build(Tensor features) -> Tensor[]")
+library.define("build(Tensor features, Tensor? valid=None) -> Tensor[]")
 library.define("apply(Tensor values, Tensor[] lattice, bool transposed) -> Tensor")
 library.define("add_(Tensor(a!) out, Tensor values, Tensor[] lattice) -> ()")
 library.define(
@@ -27,7 +27,7 @@ library.impl("mean_field", pytorch.mean_field, "CUDA")  # of .add_ and softmax; 
 
 
 @torch.library.register_fake("bilateralfilter::build")
-def _(features: Tensor) -> list[Tensor]:
+def _(features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
     images, pixels, dimensions = features.shape
     corners = dimensions + 1
     size = torch.library.get_ctx().new_dynamic_size
@@ -39,7 +39,7 @@ def _(features: Tensor) -> list[Tensor]:
     parts = [vertex, weight, start, features.new_empty(entries, **ints), features.new_empty(entries)]
     if features.device.type == "cpu" and _extension.load("cpu"):  # image_start, image_piece, chain_start, chain
         return [*parts, *(features.new_empty(n, **ints) for n in (images + 1, images + 1, size(), size()))]
-    return [*parts, features.new_empty(corners, 2, size(), **ints), features.new_empty(1, **ints)]
+    return [*parts, features.new_empty(corners, 2, size(), **ints), features.new_empty(size(), **ints)]
 
 
 @torch.library.register_fake("bilateralfilter::apply")
@@ -76,9 +76,10 @@ class Lattice:
     float64, other floating types become float32; CPU or GPU. No gradient flows to the features.
     Raises ValueError for other shapes, and for features that are not finite or too large to be numbered (on the CPU; on
     a GPU, where looking would wait for the device, everything that such a pixel touches becomes NaN).
+    valid: bool (N, P), False where the values are 0 and the results not looked at, or None: saves a GPU their work.
     """
 
-    def __init__(self, features: Tensor) -> None:
+    def __init__(self, features: Tensor, valid: Tensor | None = None) -> None:
         if features.ndim != 3 or not 1 <= features.shape[2] <= MAX_DIMENSIONS:
             raise ValueError(
                 f"Lattice: features must be (N, P, D) with D from 1 to {MAX_DIMENSIONS}, not {tuple(features.shape)}"
@@ -87,10 +88,15 @@ class Lattice:
             raise ValueError(f"Lattice: features must be floating-point numbers, not {features.dtype}")
         if features.numel() // features.shape[2] * (features.shape[2] + 1) >= 2**31:
             raise ValueError(f"Lattice: {tuple(features.shape)} features are too many for one call: take fewer images")
+        if valid is not None and (valid.dtype, valid.shape) != (torch.bool, features.shape[:2]):
+            raise ValueError(f"Lattice: valid must be bool {tuple(features.shape[:2])}, not {valid.dtype} "
+                             f"{tuple(valid.shape)}")
+        if valid is not None and valid.device != features.device:
+            raise ValueError(f"Lattice: features are on {features.device}, valid on {valid.device}")
         _extension.load(features.device.type)
         if features.dtype != torch.float64:
             features = features.float()
-        self._parts = torch.ops.bilateralfilter.build(features.detach())
+        self._parts = torch.ops.bilateralfilter.build(features.detach(), valid)
 
     @property
     def dtype(self) -> torch.dtype:

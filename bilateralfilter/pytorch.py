@@ -16,8 +16,8 @@ PARTS = 7  # of a lattice here and on a GPU
 CHANNELS = 32  # at once: bounds the memory
 
 
-def build(features: Tensor) -> list[Tensor]:
-    """features (N, P, D) -> the parts of the lattice.
+def build(features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
+    """features (N, P, D) -> the parts of the lattice. valid: not looked at, as it saves work alone.
 
     Features that cannot be numbered raise ValueError on the CPU; on a GPU their weights are NaN.
     """

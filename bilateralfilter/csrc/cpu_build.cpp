@@ -4,6 +4,7 @@
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -399,7 +400,7 @@ std::vector<at::Tensor> build_of(const at::Tensor& features) {
   }
 }
 
-std::vector<at::Tensor> build(const at::Tensor& features) {
+std::vector<at::Tensor> build(const at::Tensor& features, const std::optional<at::Tensor>& /*valid: for GPUs*/) {
   const at::Tensor dense = features.contiguous();
   return dense.scalar_type() == at::kDouble ? build_of<double>(dense) : build_of<float>(dense);
 }

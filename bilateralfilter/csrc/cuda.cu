@@ -20,7 +20,7 @@ __global__ void run_all(int64_t n, Body body) {
 
 template <class Body>
 __global__ void run_counted(Count n, Body body) {
-  const int64_t end = *n.count * n.factor;
+  const int64_t end = (*n.end - *n.begin) * n.factor;
   for (int64_t i = blockIdx.x * int64_t(THREADS) + threadIdx.x; i < end; i += gridDim.x * int64_t(THREADS)) body(i);
 }
 
@@ -45,9 +45,9 @@ struct Cuda {
   static __device__ void smaller(int32_t* at, int32_t value) { atomicMin(at, value); }
 };
 
-std::vector<at::Tensor> build_cuda(const at::Tensor& features) {
+std::vector<at::Tensor> build_cuda(const at::Tensor& features, const std::optional<at::Tensor>& valid) {
   const c10::cuda::CUDAGuard guard(features.device());
-  return build<Cuda>(features);
+  return build<Cuda>(features, valid);
 }
 
 at::Tensor apply_cuda(const at::Tensor& values, at::TensorList lattice, bool transposed) {

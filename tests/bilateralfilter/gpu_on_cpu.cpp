@@ -18,7 +18,7 @@ struct Threads {
     });
   }
   template <class Body>
-  void run(Count n, const Body& body) const { run(*n.count * n.factor, body); }
+  void run(Count n, const Body& body) const { run((*n.end - *n.begin) * n.factor, body); }
 
   static int32_t compare_and_swap(int32_t* at, int32_t expected, int32_t desired) {
     __atomic_compare_exchange_n(at, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
@@ -43,7 +43,7 @@ void add(at::Tensor& out, const at::Tensor& values, at::TensorList lattice) {
 } // namespace
 
 TORCH_LIBRARY(gpu_on_cpu, library) {
-  library.def("build(Tensor features) -> Tensor[]", [](const at::Tensor& features) { return build<Threads>(features); });
+  library.def("build(Tensor features, Tensor? valid=None) -> Tensor[]", &build<Threads>);
   library.def("apply(Tensor values, Tensor[] lattice, bool transposed) -> Tensor", &apply);
   library.def("add_(Tensor(a!) out, Tensor values, Tensor[] lattice) -> ()", &add);
   library.def("par_affinity(Tensor images, Tensor position, int[] dilations, float width) -> Tensor",

@@ -39,7 +39,7 @@ def test_its_lattice_is_that_of_the_cpu(gpu_on_cpu, dimensions, dtype):
     ours = Lattice(features)
     parts = gpu_on_cpu.build(features)
     vertex, weight, start, pixel = ours._parts[:4]
-    vertices = int(parts[6])
+    vertices = int(parts[6][3])
     assert torch.equal(parts[0], vertex)
     assert torch.equal(parts[2][: vertices + 1], start)
     assert torch.equal(parts[3], pixel)
@@ -72,6 +72,30 @@ def test_features_that_do_not_fit_give_nan_where_they_touch(gpu_on_cpu):
     out = gpu_on_cpu.apply(torch.ones(1, 6, 1), gpu_on_cpu.build(features), False)[0, :, 0]
     assert out[:3].isnan().all()
     assert out[3:].isfinite().all()
+
+
+def test_many_pixels_on_one_vertex(gpu_on_cpu):
+    """Long sums are sums of short ones, so also exact; and more images and channels than the buffers hold at once."""
+    features, values = 30 * random(2, 100_000, 5), random(2, 100_000, 20, seed=2)
+    features[0] = 0
+    out = gpu_on_cpu.apply(values, gpu_on_cpu.build(features), False)
+    exact = Lattice(features.double()).filter(values.double())
+    torch.testing.assert_close(out[0].double(), exact[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(out[1], Lattice(features).filter(values)[1], rtol=1e-5, atol=1e-6)
+
+
+def test_pixels_that_take_no_part_have_no_entries(gpu_on_cpu):
+    features, values = 4 * random(4, 700, 3), random(4, 700, 5, seed=2)
+    valid = random(4, 700, seed=3) > 0.5
+    valid[1], valid[2, 1:] = False, False
+    parts = gpu_on_cpu.build(features, valid)
+    begin, end = parts[2][0], parts[2][parts[6][4]]
+    assert end - begin == 4 * valid.sum()
+    out = gpu_on_cpu.apply(values, parts, False)
+    for n in range(4):
+        alone = Lattice(features[n : n + 1, valid[n]]).filter(values[n : n + 1, valid[n]])[0]
+        torch.testing.assert_close(out[n, valid[n]], alone)
+    assert not out[~valid].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

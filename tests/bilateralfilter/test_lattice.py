@@ -285,6 +285,12 @@ def test_wrong_features(features, message):
         Lattice(features)
 
 
+@pytest.mark.parametrize("valid", [torch.ones(5) > 0, torch.ones(1, 5), torch.ones(1, 5, device="meta") > 0])
+def test_wrong_valid(valid):
+    with pytest.raises(ValueError, match="Lattice: .*valid"):
+        Lattice(torch.zeros(1, 5, 3), valid)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e12])
 @pytest.mark.parametrize("d", [1, 5, 8])
