@@ -39,7 +39,8 @@ from utils.metrics import confusion_matrix
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).resolve().parents[3]
 FIELDS = ["map", "method", "dataset", "split", "images", "scales", "flip", "crf", "image_labels", "predicted_from",
-          "background", "input", "miou", "pixel_accuracy", "iou", "checkpoint", "iteration", "seconds", "evaluation"]
+          "background", "input", "precision", "miou", "pixel_accuracy", "iou", "checkpoint", "iteration", "seconds",
+          "evaluation"]
 
 
 def sigmoid(x: float) -> float:
@@ -149,7 +150,7 @@ def test_a_batch_waits_for_the_gpu_twice_at_most(overrides, plan_of, monkeypatch
             raise Done
         return [np.zeros(len(host[0]), bool)]   # no class is found: the longest way
 
-    plan = plan_of(config(*overrides))
+    plan = plan_of(config(*overrides, "train.precision=fp32"))
     with FakeTensorMode(), monkeypatch.context() as patch, Counter() as counter, pytest.raises(Done):
         patch.setattr(batch, "to_host", brought)
         given = torch.rand(5, 3, 8, 10, device="cuda"), torch.ones(5, K, device="cuda")
