@@ -1,6 +1,7 @@
 """utils/log.py: the log, and metrics that survive a kill."""
 
 import json
+import time
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,6 +46,7 @@ def test_resumed_metrics_are_those_of_an_uninterrupted_run(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 6, "lo')
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
+    time.sleep(1)   # events are read in the order of their files' names, which begin with the second
     _write(tmp_path, 4, 8)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [line["loss"] for line in lines] == list(range(8))
