@@ -21,5 +21,7 @@ def settled(config: RunConfig, device: torch.device) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
-def autocast(device: torch.device, wanted: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision_on(device, wanted) == "bf16")
+def autocast(device: torch.device, wanted: str, cache: bool = True) -> torch.autocast:
+    """cache: of weights in bf16, which all threads share: False where several compute, each with a stream of its own."""
+    on = precision_on(device, wanted) == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on, cache_enabled=cache)

@@ -60,7 +60,7 @@ def predict_batch(
     Raises UserError, naming the image, where a map is not finite.
     """
     squares, class_logits = _squares(images, plan.base_size), None
-    with autocast(images.device, plan.precision):
+    with autocast(images.device, plan.precision, cache=False):
         if plan.class_logits or plan.predicted == CLASSIFIER:
             class_logits = method.classify(squares)
         there = _present_classes(method, squares, class_logits, labels, plan)
