@@ -38,7 +38,8 @@ if [ ! -e "$stamp" ]; then
 fi
 
 # where there is a GPU and no compiler that fits the torch just installed: pip's, for the bilateral filter
-if [ ! -e "$stamp-nvcc" ] && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+# (not grep -q, which leaves at the first line: an nvidia-smi that goes on writing would fail)
+if [ ! -e "$stamp-nvcc" ] && nvidia-smi -L 2>/dev/null | grep '^GPU' >/dev/null; then
     cd "$root"
     nvcc=$("$venv/bin/python" -c "from bilateralfilter import _cuda_toolkit; print(_cuda_toolkit.missing())") || nvcc=
     if [ -n "$nvcc" ]; then

@@ -51,7 +51,7 @@ def test_no_python_that_is_new_enough(house, tmp_path):
 def test_nvcc_of_pip_is_installed_once_where_a_gpu_lacks_one(house, tmp_path, cards, needed, status):
     """Python and nvidia-smi are scripts here: the one says which nvcc is needed and writes down what pip is to do."""
     for path, lines in {
-        tmp_path / "nvidia-smi": f"echo '{cards}'",
+        tmp_path / "nvidia-smi": f"echo '{cards}'\nsleep 0.2\necho '{cards}'",   # line by line
         house / ".venv/bin/python": f"""case "$*" in
             *missing*) echo '{needed}' ;;
             *"pip install"*)
