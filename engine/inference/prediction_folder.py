@@ -146,7 +146,7 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) ->
 
 def _read_settings(path: Path) -> dict | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return {"precision": "fp32", **json.loads(path.read_text(encoding="utf-8"))}   # as before that key
     except FileNotFoundError:
         return None
     except ValueError:

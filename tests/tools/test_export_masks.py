@@ -128,6 +128,9 @@ def test_goes_on_and_needs_no_masks(checkpoint, tiny_voc, tmp_path, capsys):
         tool.main([*arguments, "--split", "val", "--map", "cam", "--high", "0.9"])
     with pytest.raises(UserError, match=r"made with model = .*; give another folder, or --overwrite"):
         tool.main([*arguments, "--split", "val", "--map", "cam", "model.token_ratio=0.3"])
+    # as an earlier version wrote it
+    (note := out / "settings.json").write_text(note.read_text().replace('"precision": "fp32",', ""))
+    tool.main([*arguments, "--split", "val", "--map", "cam"])
     labels = tiny_voc / "labels.json"
     labels.write_text(labels.read_text().replace("dog", "cat"))
     with pytest.raises(UserError, match=r"made with images = .*; give another folder, or --overwrite"):
