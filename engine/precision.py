@@ -22,6 +22,6 @@ def settled(config: RunConfig, device: torch.device) -> RunConfig:
 
 
 def autocast(device: torch.device, wanted: str, cache: bool = True) -> torch.autocast:
-    """cache: of weights in bf16, which all threads share: False where several compute, each with a stream of its own."""
+    """cache: of weights in bf16, which all threads share: False where several compute, each with its own stream."""
     on = precision_on(device, wanted) == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on, cache_enabled=cache)

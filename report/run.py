@@ -237,7 +237,11 @@ def evaluate_command(folder: Path, rows: list[dict], config: dict[str, Any]) -> 
     known = rows[0].get("checkpoint") if rows else None
     own = folder / "checkpoints" / Path(str(known or "best.weights.safetensors")).name
     checkpoint = known if known and not own.is_file() else own
-    changed = {key: value for key, value in _settings(rows).items() if config.get(key) != value}
+    settings = _settings(rows)
+    precision = config.get("evaluate.precision") or config.get("train.precision")
+    if precision in ("auto", settings.get("evaluate.precision")):
+        settings.pop("evaluate.precision", None)
+    changed = {key: value for key, value in settings.items() if config.get(key) != value}
     texts = [f"{key}={json.dumps(value, separators=(',', ':'))}".replace('"', "") for key, value in changed.items()]
     return public(" ".join(["bash run_evaluate_voc.sh cpu 1", str(checkpoint), *texts]))
 
@@ -250,7 +254,7 @@ def _settings(rows: list[dict]) -> dict[str, Any]:
     told = {
         "data.val_split": "split", "evaluate.images": "images", "evaluate.flip": "flip", "evaluate.base_size": "input",
         "evaluate.bkg": "background", "evaluate.image_labels": "image_labels",
-        "evaluate.predict_from": "predicted_from",
+        "evaluate.predict_from": "predicted_from", "evaluate.precision": "precision",
     }
     settings = {key: first[name] for key, name in told.items() if name in first}
     method, scales = method_of(rows[0]), {str(row["map"]): row.get("scales") or [1.0] for row in rows}

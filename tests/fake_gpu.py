@@ -25,11 +25,11 @@ WAITS = (   # what needs a value, or a shape that hangs on values: the host wait
 
 class Watch(TorchDispatchMode):
     """Counts what computes, by name, in `operators`; `waits` names what the host waits for (values, boolean masks as
-    indices), `transfers` what moves between host and device."""
+    indices), `transfers` what moves between host and device, `enlarged` has the channels of what is resized."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators, self.waits, self.transfers = Counter(), [], []
+        self.operators, self.waits, self.transfers, self.enlarged = Counter(), [], [], set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result, name = function(*args, **(kwargs or {})), str(function)
@@ -40,6 +40,8 @@ class Watch(TorchDispatchMode):
         )
         if name.startswith(WAITS) or by_mask:
             self.waits.append(name)
+        if name.startswith("aten.upsample_bilinear2d"):
+            self.enlarged.add(result.shape[1])
         devices = {x.device.type for x in (*args, result) if isinstance(x, Tensor)}
         if name.startswith(("aten._to_copy", "aten.copy_")) and len(devices) > 1:
             self.transfers.append(f"{name} {tuple(result.shape)} to {result.device.type}")

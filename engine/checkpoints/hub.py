@@ -82,7 +82,8 @@ class HubMethod(
     def maps(
         self, images: Tensor, kinds: Mapping[str, MapPlan] | Sequence[str], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """`Method.maps`. kinds: how each is made, or names alone: one scale, no flip."""
+        """`Method.maps`, in fp32 unless autocast says otherwise. kinds: how each is made, or names alone: one scale, no
+        flip."""
         plans = kinds if isinstance(kinds, Mapping) else {kind: MapPlan() for kind in kinds}
         return self.method.maps(images, plans, labels)
 

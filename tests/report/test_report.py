@@ -408,6 +408,9 @@ def test_the_command_makes_the_rows_again(tmp_path):
     run = make_run(tmp_path / "run", "evaluate.maps=[seg,cam]", *scales, "evaluate.flip=false", "evaluate.bkg=0.25")
     rows, own = results(run), read_run(run).config
     assert evaluate_command(run, rows, own).split()[5:] == ["evaluate.images=6"]
+    in_bf16 = [{**row, "precision": "bf16"} for row in rows]
+    again = evaluate_command(run, in_bf16, {**own, "train.precision": "fp32"})
+    assert again.split()[5:] == ["evaluate.images=6", "evaluate.precision=bf16"]
     words = evaluate_command(run, rows, {}).split()[5:]
     assert config(*words).evaluate.maps == ("seg", "cam") and config(*words).evaluate.multi_scale
     assert config(*words).evaluate.multi_scales == (1.0, 2.0) and config(*words).evaluate.scales["seg"] == (1.5,)

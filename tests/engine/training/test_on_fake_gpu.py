@@ -46,6 +46,8 @@ def test_losses(more, iteration, precision):
             with watch, autocast(GPU, precision):
                 terms = method(given, iteration)
     assert watch.waits == watch.transfers == []
+    if iteration:   # two CAMs of the four classes that an image of the batch has at most
+        assert 8 in watch.enlarged and not watch.enlarged & {method.num_classes, 2 * method.num_classes}
     assert {(term.device, term.dtype, term.shape) for term in terms.values()} == {(GPU, torch.float32, ())}
 
 
