@@ -84,7 +84,8 @@ def _load_library(kind: str) -> str:
     cards = _cuda_toolkit.cards() if kind == "cuda" else set()
     installed = (path for folder in sys.path for path in Path(folder).glob(f"{name_of(kind, None)}*.so"))
     prefix = f"lattice-torch{torch.__version__}-"
-    built = _build_folder().glob(f"{name_of(kind, None, prefix)}*.so")
+    folders = dict.fromkeys((FOLDER / "build", _build_folder()))  # the first may be there and not writable
+    built = (path for folder in folders for path in folder.glob(f"{name_of(kind, None, prefix)}*.so"))
     for library in (*installed, *built):
         architectures = re.findall(r"_sm(\d+[af]?(?:ptx)?)", library.name)
         if _cuda_toolkit.covers([name.replace("ptx", "+PTX") for name in architectures], cards):

@@ -72,6 +72,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert f"cannot write to {tmp_path / 'build'}" in _extension._compile(tmp_path / "build" / "lattice.so")
 
 
+def test_what_was_compiled_in_a_checkout_that_cannot_be_written_is_loaded(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(_extension, "FOLDER", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    library = tmp_path / "build" / f"{_extension.name_of('cpu', None, f'lattice-torch{torch.__version__}-')}.so"
+    script(library, "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    assert _extension._load_library("cpu") == "" and loaded == [library]
+
+
 def test_ninja_of_the_environment_is_found_during_compilation_only(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with _extension._on_path(Path(sys.executable).parent):
