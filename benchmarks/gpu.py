@@ -30,8 +30,8 @@ import torch
 from engine.launch import run_script
 from benchmarks import filter_and_crf, training
 from benchmarks.evaluation import rates
-from benchmarks.measure import write_voc
-from bilateralfilter import DenseCRF, Lattice, _extension, bilateral_filter
+from benchmarks.measure import load_plain_filter, write_voc
+from bilateralfilter import DenseCRF, Lattice, _cuda_toolkit, _extension, bilateral_filter
 from datasets.texts import read_json
 from engine.config import load_config
 from engine.distributed import Ranks, loader_workers, pick_device
@@ -67,12 +67,13 @@ STEPS = {   # settings of the step's formulations
 
 def machine(given: argparse.Namespace, note: Callable) -> None:
     query = "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm"
-    nvcc = _extension.cuda_compiler()
-    note(gpus=_said("nvidia-smi", query, "--format=csv,noheader"), nvcc=nvcc and _said(nvcc, "--version"))
+    note(gpus=_said("nvidia-smi", query, "--format=csv,noheader"), nvcc=_said(_nvcc(), "--version"))
     note(torch=torch.__version__, cuda=torch.version.cuda, cores=len(os.sched_getaffinity(0)))
     begin = time.monotonic()
-    if not _extension.load(given.device):   # compiles it, for all parts
-        sys.exit(f"error: bilateralfilter has no compiled operators for {given.device}")
+    for device in {given.device, "cpu"}:   # compiles it, for all parts
+        if not _extension.load(device):
+            sys.exit(f"error: bilateralfilter has no compiled operators for {device}")
+    load_plain_filter()
     note(compiling=time.monotonic() - begin)
 
 
@@ -90,8 +91,7 @@ def gpu_tests(given: argparse.Namespace, note: Callable) -> None:
 
 
 def sanitizer(given: argparse.Namespace, note: Callable) -> str | None:
-    folder = Path(_extension.cuda_compiler() or "nvcc").parent
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=folder)
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=Path(_nvcc()).parent)
     if tool is None:
         return "no compute-sanitizer"
     script = [sys.executable, "-c", "from benchmarks.gpu import odd_sizes; odd_sizes('cuda')"]
@@ -180,7 +180,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "machine": Part(machine, 100),
+    "machine": Part(machine, 120),
     "tests": Part(gpu_tests, 40, gpu=True),
     "sanitizer": Part(sanitizer, 60, gpu=True),
     "filter": Part(filter_and_crf_part, 15),
@@ -193,6 +193,13 @@ PARTS = {
     "run_bf16": Part(partial(short_run, precision="bf16"), 40),
     "step_compiled": Part(partial(steps, names=("bf16", "compiled")), 90, gpu=True),   # last: it compiles longest
 }
+
+
+def _nvcc() -> str:
+    """That which compiles the filter; just its name where none fits."""
+    with suppress(LookupError):
+        return str(_cuda_toolkit.find(_cuda_toolkit.cards()).home / "bin" / "nvcc")
+    return "nvcc"
 
 
 def _said(*command: str) -> str | None:

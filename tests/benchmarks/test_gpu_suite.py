@@ -18,7 +18,7 @@ from tests.tiny import ROOT, bash
 from utils.errors import UserError
 
 DOCS = ROOT / "docs" / "performance.md"
-RUN = ("tests", "filter", "step_voc", "run_bf16")
+RUN = ("machine", "tests", "filter", "step_voc", "run_bf16")
 
 
 def test_all_that_needs_no_gpu(tmp_path):
@@ -27,7 +27,7 @@ def test_all_that_needs_no_gpu(tmp_path):
     done = bash("benchmarks/gpu.sh", *given, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads(out.read_text())["parts"]
-    assert [parts[name]["status"] for name in RUN] == ["not measured", "ok", "ok", "ok"]
+    assert [parts[name]["status"] for name in RUN] == ["ok", "not measured", "ok", "ok", "ok"]
     step = parts["step_voc"]["figures"]
     assert step["fp32"]["difference"] < 1e-4 and step["plain"]["phases"].keys() == step["bf16"]["phases"].keys()
     cells = re.search(r"\| CAM pass, ms \|(.*)\|", docs.read_text())[1].split("|")
@@ -106,6 +106,11 @@ def test_no_gpu_and_no_file_are_one_line(tmp_path, monkeypatch):
     for given, said in (([], "no GPU is visible"), (["--fill", tmp_path / "other.json"], "other.json: is no file of")):
         done = bash("benchmarks/gpu.sh", *given)
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_no_sanitizer_is_said(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert gpu.sanitizer(argparse.Namespace(), print) == "no compute-sanitizer"
 
 
 def test_a_run_of_skipped_tests_is_a_failure(tmp_path, monkeypatch):
