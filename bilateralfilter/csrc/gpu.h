@@ -262,7 +262,7 @@ void add_(at::Tensor& out, const at::Tensor& values, at::TensorList lattice, boo
   }
   const Device device;
   const at::Tensor in = values.contiguous();
-  at::Tensor dense = out.is_contiguous() ? out : at::empty_like(in);
+  at::Tensor dense = add || out.is_contiguous() ? out.contiguous() : at::empty_like(in);
   if (values.scalar_type() == at::kDouble) {
     filter<Device, double>(device, in, lattice, transposed, dense, add);
   } else {

@@ -63,6 +63,9 @@ def test_odd_inputs(gpu_on_cpu):
     out = torch.ones_like(values)
     gpu_on_cpu.add_(out, values, parts)
     torch.testing.assert_close(out, expected + 1)
+    out = torch.ones_like(strided)
+    gpu_on_cpu.add_(out, values, gpu_on_cpu.build(features.repeat(4, 1, 1)))
+    torch.testing.assert_close(out, expected + 1)
 
 
 def test_features_that_do_not_fit_give_nan_where_they_touch(gpu_on_cpu):
