@@ -84,7 +84,7 @@ std::vector<at::Tensor> build(const Device& device, const at::Tensor& features, 
 
   // 2. Every entry finds its slot in the table; `first` of a slot: the first of its entries.
   int64_t size = 64;
-  while (size < 2 * entries) size *= 2;
+  while (size < std::min(2 * entries, int64_t(1) << 31)) size *= 2; // slots have 31 bits, too
   at::Tensor slots_of = at::full({size}, NONE, ints), first_of = at::full({size}, INT32_MAX, ints);
   int32_t* first = first_of.mutable_data_ptr<int32_t>();
   const Slots<D> table{slots_of.mutable_data_ptr<int32_t>(), static_cast<uint64_t>(size) - 1, keys, pixels * V};
