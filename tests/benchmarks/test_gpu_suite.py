@@ -38,6 +38,7 @@ def test_all_that_needs_no_gpu(tmp_path):
     assert set(parts["filter"]["figures"]["crf 1x3x30x20"]) == {"ms", "difference"}
 
 
+@pytest.mark.slow
 def test_images_a_second(tmp_path):
     noted = {}
     for part in (gpu.loader, gpu.evaluation):
