@@ -24,7 +24,7 @@ from utils.images import normalize, read_rgb, write_label_png
 
 CLASSES = 20
 HOST_READS = tuple(f"aten.{name}" for name in (
-    "_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "bincount"))
+    "_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "_unique", "bincount", "is_nonzero"))
 
 
 def clock_of(device: str) -> tuple[Callable[[], object], Callable[[object, object], float], Callable[[], None]]:
@@ -92,8 +92,8 @@ class Counter(TorchDispatchMode):
         self.operators = self.host_reads = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operators += not function.is_view
         result, name = function(*args, **(kwargs or {})), str(function)
+        self.operators += not (function.is_view or name.startswith("prim"))
         by = args[1] if name.startswith(("aten.index.", "aten.index_put")) else ()
         by_mask = any(index is not None and index.dtype == torch.bool for index in by)
         copied = name.startswith("aten._to_copy") and args[0].device.type != "cpu" and result.device.type == "cpu"

@@ -1,6 +1,5 @@
 """Tensors on a GPU that is not there: shapes, types and devices are followed, nothing is computed."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -9,36 +8,28 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import Counter
 from bilateralfilter import _extension, crf
 from model import par
 from utils import images
 
 GPU = torch.device("cuda", 0)
 CACHES = par._position_weights, crf._smoothness, crf._smoothness_stencil, images._kept_column   # of tensors
-WAITS = (   # what needs a value, or a shape that hangs on values: the host waits for the device
-    "aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten._unique", "aten.unique",
-    "aten.bincount", "aten.is_nonzero",
-)
 
 
-class Watch(TorchDispatchMode):
-    """Counts what computes, by name, in `operators`; `waits` names what the host waits for (values, boolean masks as
-    indices), `transfers` what moves between host and device, `enlarged` has the channels of what is resized."""
+class Watch(Counter):
+    """Names what it counts: `waits`, for which the host waits, `transfers`, what moves between host and device, and
+    `enlarged`, the channels of what is resized."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators, self.waits, self.transfers, self.enlarged = Counter(), [], [], set()
+        self.waits, self.transfers, self.enlarged = [], [], set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result, name = function(*args, **(kwargs or {})), str(function)
-        if not function.is_view and not name.startswith("prim"):
-            self.operators[name] += 1
-        by_mask = name.startswith("aten.index") and isinstance(args[1], (list, tuple)) and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if name.startswith(WAITS) or by_mask:
+        reads, name = self.host_reads, str(function)
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if self.host_reads > reads:
             self.waits.append(name)
         if name.startswith("aten.upsample_bilinear2d"):
             self.enlarged.add(result.shape[1])
