@@ -53,7 +53,7 @@ def load(device_type: str) -> bool:
 
     Takes those that `pip install ./bilateralfilter` compiled from these very sources, else those compiled earlier in
     this checkout (bilateralfilter/build/), both only if they are for this device and the cards at hand; else compiles
-    them there: half a minute, two for CUDA; one process does while the others wait, and a failure is remembered until
+    them there: a minute or two; one process does while the others wait, and a failure is remembered until
     sources or compilers change. What cannot be compiled is replaced by plain PyTorch operators; one warning says why.
     """
     with _lock:  # of threads; the one of processes is a file's
@@ -142,7 +142,7 @@ def _compile(library: Path, toolkit: Toolkit | None = None) -> str:
 def _compile_in(work: Path, library: Path, toolkit: Toolkit | None) -> None:
     from torch.utils import cpp_extension
 
-    how = f"with {toolkit}, two minutes; if it fails, see {library.with_suffix('.log')}" if toolkit else "half a minute"
+    how = f"with {toolkit}, two minutes; if it fails, see {library.with_suffix('.log')}" if toolkit else "two minutes"
     print(f"compiling bilateralfilter, once ({how})", file=sys.stderr, flush=True)
     (work / "lock").unlink(missing_ok=True)  # torch's own lock, left by a compilation that was killed
     name = re.sub(r"\W", "_", library.stem)  # of its own, for torch changes a name that it meets again
