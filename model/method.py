@@ -30,8 +30,9 @@ class MapKind(NamedTuple):
 class MapPlan(NamedTuple):
     """How a map is made.
 
-    side: of the square an image becomes, in pixels; None: its own size. bkg: the threshold. at_own_size: whether the
-    maps of the scales are brought to the image's own size before they become one, and not after.
+    side: of the square an image becomes, in pixels; long_side: of the image without change of shape; None for both: its
+    own size. bkg: the threshold. at_own_size: whether the maps of the scales are brought to the image's own size before
+    they become one, and not after.
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -39,6 +40,14 @@ class MapPlan(NamedTuple):
     side: int | None = None
     bkg: float = 0.0
     at_own_size: bool = False
+    long_side: int | None = None
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """What an image of this size becomes at scale 1."""
+        if self.side:
+            return self.side, self.side
+        factor = self.long_side / max(height, width) if self.long_side else 1
+        return max(1, int(factor * height)), max(1, int(factor * width))
 
 
 class Released(NamedTuple):
