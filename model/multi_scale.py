@@ -47,19 +47,22 @@ def min_max(maps: Tensor) -> Tensor:
 class Fusion(NamedTuple):
     """How the maps of an image's scales and of its mirror become one.
 
-    flip, scales: merge two maps. each: what is done to the map of every scale, last: to the result. from_square: the
-    scales are made from the square of scale 1, where there is one, and not from the image; the result has its size.
+    flip, scales: merge two maps. each: what is done to the map of every scale, last: to the result. from_base: the
+    scales are made from the input of scale 1 and not from the image, and the result has its size. coarse: the maps are
+    fused at the size that the network gives the first of them, and inputs are sampled by the scale itself, not by the
+    quotient of the whole sizes.
     """
 
     flip: Callable[[Tensor, Tensor], Tensor]
     scales: Callable[[Tensor, Tensor], Tensor]
     each: Callable[[Tensor], Tensor] = lambda maps: maps
     last: Callable[[Tensor], Tensor] = lambda maps: maps
-    from_square: bool = False
+    from_base: bool = False
+    coarse: bool = False
 
 
 # CAM as released: the larger of image and flip, what is positive of it, summed over scales, to [0, 1]
-SUM_OF_POSITIVE = Fusion(torch.maximum, torch.add, torch.relu, min_max, from_square=True)
+SUM_OF_POSITIVE = Fusion(torch.maximum, torch.add, torch.relu, min_max, from_base=True)
 SUM = SUM_OF_POSITIVE._replace(each=lambda maps: maps)
 # logits: the sum of image and flip, the largest over scales
 LARGEST = Fusion(torch.add, torch.maximum)
@@ -71,45 +74,61 @@ def fused_maps(
     coarse_maps: Callable[[Tensor, Collection[str]], dict[str, Tensor]],
     known: Mapping[str, Tensor] | None = None,
     chosen: Callable[[Tensor], Tensor] = lambda maps: maps,
+    at_once: bool = False,
 ) -> dict[str, Tensor]:
     """Maps (B, C, H, W) of several kinds, at the size of `images`; an input that several kinds need is computed once.
 
     kinds: for each how it is made and fused; scales are summed in the order in which the kinds first need them.
-    coarse_maps: images and kinds -> a map (B, C, h, w) of each. known: coarse_maps of the images themselves, where the
+    coarse_maps: images and kinds -> a map (B, C, h, w) of each. known: coarse maps of scale 1 without flip, where the
     caller has them already. chosen: picks the channels that are wanted of coarse maps, before these are enlarged.
+    at_once: whether the images of a scale and their mirrors must be one batch, as for batch statistics.
     """
-    # an input, by the side of the square it is made from (None: from the image itself) and its size -> who needs it
-    views: dict[tuple[int | None, int, int], list[str]] = {}
+    own, known = tuple(images.shape[-2:]), known or {}
+    # an input, by the size it is made from (None: from the image itself), its own and the scale it is sampled by (None:
+    # the quotient of these), and whether it has scale 1 -> who needs it
+    views: dict[tuple, list[str]] = {}
     for kind, (plan, fusion) in kinds.items():
-        square = (plan.side,) * 2 if plan.side else tuple(images.shape[-2:])
+        base = plan.input_size(*own)
         for scale in plan.scales:
-            size = int(scale * square[0]), int(scale * square[1])
-            source = plan.side if fusion.from_square and size != square else None
-            views.setdefault((source, *size), []).append(kind)
+            size = int(scale * base[0]), int(scale * base[1])
+            source = base if fusion.from_base and size != base != own else None
+            factor = scale if fusion.coarse and scale != 1 else None
+            views.setdefault((source, size, factor, size == base), []).append(kind)
     total: dict[str, Tensor] = {}
-    for (source, *size), needed in views.items():
-        inputs = resize(resize(images, (source, source)) if source else images, size)
+    for (source, size, factor, unscaled), needed in views.items():
+        inputs = resize(images, source) if source else images
+        inputs = _sampled(inputs, factor) if factor else resize(inputs, size)
         flip = any(kinds[kind][0].flip for kind in needed)
-        raw = _coarse(inputs, flip, partial(coarse_maps, kinds=needed), known if inputs is images else None)
+        straight = known if unscaled and set(needed) <= known.keys() else None
+        raw = _coarse(inputs, flip, partial(coarse_maps, kinds=needed), straight, at_once)
         for kind in needed:
             plan, fusion = kinds[kind]
-            out = (plan.side,) * 2 if plan.side and fusion.from_square else images.shape[-2:]
-            maps = resize(full_precision(chosen(raw[kind] if plan.flip else raw[kind][: len(images)])), out)
+            maps = full_precision(chosen(raw[kind] if plan.flip else raw[kind][: len(images)]))
+            if not fusion.coarse:
+                maps = resize(maps, plan.input_size(*own) if fusion.from_base else own)
+            elif kind in total:
+                maps = resize(maps, total[kind].shape[-2:])
             maps = fusion.each(merge_flip(maps, plan.flip, fusion.flip))
             total[kind] = fusion.scales(total[kind], maps) if kind in total else maps
-    return {kind: resize(fusion.last(total[kind]), images.shape[-2:]) for kind, (_, fusion) in kinds.items()}
+    return {kind: resize(fusion.last(total[kind]), own) for kind, (_, fusion) in kinds.items()}
+
+
+def _sampled(images: Tensor, scale: float) -> Tensor:
+    """`resize` to int(scale * size), sampled at steps of 1 / scale."""
+    return F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
 
 
 def _coarse(
-    inputs: Tensor, flip: bool, coarse_maps: Callable[[Tensor], dict[str, Tensor]], known: Mapping[str, Tensor] | None
+    inputs: Tensor, flip: bool, coarse_maps: Callable[[Tensor], dict[str, Tensor]],
+    straight: Mapping[str, Tensor] | None, at_once: bool,
 ) -> dict[str, Tensor]:
-    """The coarse maps of the inputs and, with `flip`, of their mirrors behind them."""
-    if known is None:
-        return in_parts(coarse_maps, with_flip(inputs, flip))
+    """The coarse maps of the inputs and, with `flip`, of their mirrors behind them. straight: those of the inputs."""
+    run = coarse_maps if at_once else partial(in_parts, coarse_maps)
+    if straight is None:
+        return run(with_flip(inputs, flip))
     if not flip:
-        return dict(known)
-    mirrored = in_parts(coarse_maps, inputs.flip(-1))
-    return {kind: torch.cat([known[kind], maps]) for kind, maps in mirrored.items()}
+        return dict(straight)
+    return {kind: torch.cat([straight[kind], maps]) for kind, maps in run(inputs.flip(-1)).items()}
 
 
 def with_scale_1(scales: Sequence[float]) -> tuple[float, ...]:

@@ -65,18 +65,38 @@ def refined_labels(
     Two backgrounds compete with the classes: with `high` what wins is foreground, with `low` what loses is
     background; in between is ignored. maps: (B, M, H, W); images: (B, 3, H, W) in [0, 1].
     """
-    size = images.shape[-2:]
-    half = (size[0] // 2, size[1] // 2)
-    images, absent = resize(images, half), ~present.there[:, :, None, None]
-    chosen = resize(maps, half).masked_fill(absent, -torch.inf)
+    half = _half(images)
+    chosen = resize(maps, half.shape[-2:]).masked_fill(~present.there[:, :, None, None], -torch.inf)
     scores = [F.pad(chosen, (0, 0, 0, 0, 1, 0), value=background).softmax(1) for background in (high, low)]
-    affinity = par_affinity(images, dilations)
-    refined = resize(par_refine(torch.cat(scores, 1), affinity, dilations, iterations), size)
-    refined = refined.unflatten(1, (2, -1))
-    refined[:, :, 1:].masked_fill_(absent[:, None], -1)
-    (strict, *winners), loose = refined[:, 0].unbind(1), refined[:, 1]
-    label = torch.full(strict.shape, IGNORE, dtype=torch.int64, device=strict.device)
-    for index, value in enumerate(winners):     # as argmax over the channels, which is slow where they lie apart
-        label = torch.where(value > strict, present.classes[:, index, None, None] + 1, label)
-        strict = torch.maximum(strict, value)
-    return label.masked_fill((label == IGNORE) & (loose[:, 0] >= loose[:, 1:].amax(1)), 0)
+    return labels_of_refined(torch.cat(scores, 1), present, images, dilations, iterations)
+
+
+def labels_of_refined(
+    scores: Tensor, present: Present, images: Tensor, dilations: Sequence[int], iterations: int
+) -> Tensor:
+    """Pixel labels int64 (B, H, W) from scores (B, 2 (1 + M), h, w), refined by PAR at half the size of the images.
+
+    scores: of a strong background and the classes, behind them the same of a weak background.
+    """
+    refined = par_refine(scores, par_affinity(_half(images), dilations), dilations, iterations)
+    return labels_of_two_backgrounds(*resize(refined, images.shape[-2:]).chunk(2, 1), present)
+
+
+def _half(images: Tensor) -> Tensor:
+    return resize(images, [max(side // 2, 1) for side in images.shape[-2:]])
+
+
+def labels_of_two_backgrounds(strict: Tensor, loose: Tensor, present: Present) -> Tensor:
+    """Pixel labels int64 (B, H, W) from scores of background and classes, (B, 1 + M, H, W), made twice: in `strict` the
+    background is the stronger one, in `loose` the weaker.
+
+    A class that wins in `strict` is the label; 0 where the background wins in both; else 255. Ties are background's.
+    """
+    absent = ~present.there[:, :, None, None]
+    best, label = strict[:, 0], torch.full(strict[:, 0].shape, IGNORE, dtype=torch.int64, device=strict.device)
+    for index, value in enumerate(strict[:, 1:].masked_fill(absent, -1).unbind(1)):
+        # as argmax over the channels, which is slow where they lie apart
+        label = torch.where(value > best, present.classes[:, index, None, None] + 1, label)
+        best = torch.maximum(best, value)
+    background = loose[:, 0] >= loose[:, 1:].masked_fill(absent, -1).amax(1)
+    return label.masked_fill((label == IGNORE) & background, 0)

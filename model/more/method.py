@@ -184,7 +184,7 @@ class MoRe(Method):
         return full_precision(self.network.classify(images))
 
     def _separate_maps(self, images: Tensor, plans: Mapping[str, MapPlan]) -> dict[str, Tensor]:
-        fusions = {k: FUSIONS[k]._replace(from_square=False) if p.at_own_size else FUSIONS[k] for k, p in plans.items()}
+        fusions = {k: FUSIONS[k]._replace(from_base=False) if p.at_own_size else FUSIONS[k] for k, p in plans.items()}
         return fused_maps(images, {k: (plan, fusions[k]) for k, plan in plans.items()}, self.network.coarse_maps)
 
     @torch.no_grad()
