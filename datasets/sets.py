@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from datasets import agreement
 from datasets.samples import Sample
 from datasets.transforms import seeded
-from utils.batch import Batch, most_classes
+from utils.batch import Batch, boxes_of, most_classes
 from utils.images import check_same_size, normalize, read_label_map, read_rgb
 
 COMPARED = 200   # masks at most: a second, where all of COCO's would be minutes
@@ -104,6 +104,6 @@ class ImageSet(_ImageSet):
 def collate_train(items: list[TrainItem]) -> Batch:
     """TrainItems -> Batch."""
     names, images, labels, valid, seeds = zip(*items, strict=True)
-    labels = torch.stack(labels)
-    tensors = torch.stack(images), labels, torch.stack(valid), torch.tensor(seeds)
-    return Batch(list(names), *tensors, most_classes(labels))
+    labels, valid = torch.stack(labels), torch.stack(valid)
+    tensors = torch.stack(images), labels, valid, torch.tensor(seeds)
+    return Batch(list(names), *tensors, most_classes(labels), boxes_of(valid))

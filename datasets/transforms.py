@@ -1,4 +1,4 @@
-"""Training augmentations (MoRe, released code): image -> normalised crop and the mask of its real pixels.
+"""Training augmentations (MoRe and AFA, released code): image -> normalised crop and the mask of its real pixels.
 
 Every random number comes from torch's default generator, which `seeded` sets for one sample and restores after.
 """
@@ -50,12 +50,12 @@ class ResizedCrop:
         return crop, torch.ones(crop.shape[1:], dtype=torch.bool)
 
 
-class ScaleAndPad:
-    """ColorJitter with probability 0.8, resize by a uniform factor (bilinear), flip, pad and crop at random places."""
+class ScaleFlipCrop:
+    """Resize by a uniform factor (bilinear), flip, pad and crop at random places."""
 
     def __init__(self, crop_size: int, resize_range: tuple[float, float]):
         self.crop_size, self.resize_range = crop_size, resize_range
-        self.jitter = transforms.RandomApply([transforms.ColorJitter(**JITTER)], p=0.8)
+        self.jitter = transforms.Compose([])
         self.flip = transforms.RandomHorizontalFlip()
 
     def __call__(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +86,16 @@ class ScaleAndPad:
         return (here, there) if side > self.crop_size else (there, here)
 
 
-AUGMENTATIONS = {"resized_crop": ResizedCrop, "scale_and_pad": ScaleAndPad}   # as released for VOC, for COCO
+class ScaleAndPad(ScaleFlipCrop):
+    """ColorJitter with probability 0.8 before that."""
+
+    def __init__(self, crop_size: int, resize_range: tuple[float, float]):
+        super().__init__(crop_size, resize_range)
+        self.jitter = transforms.RandomApply([transforms.ColorJitter(**JITTER)], p=0.8)
+
+
+# as released: MoRe's on VOC, on COCO, AFA's
+AUGMENTATIONS = {"resized_crop": ResizedCrop, "scale_and_pad": ScaleAndPad, "scale_flip_crop": ScaleFlipCrop}
 
 
 def build_augmentation(data: Data) -> Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]:

@@ -12,6 +12,20 @@ def most_classes(labels: torch.Tensor) -> int:
     return min(1 << (most - 1).bit_length(), labels.shape[1])
 
 
+def boxes_of(valid: torch.Tensor) -> list[tuple[int, int, int, int]]:
+    """(top, bottom, left, right) of the rectangle that is True in each of bool (B, H, W), 0, 0, 0, 0 where there is
+    none. Reading it waits for a GPU."""
+    ends = [_ends(valid.any(dim)) for dim in (2, 1)]
+    return [(*rows, *columns) for rows, columns in zip(*ends, strict=True)]
+
+
+def _ends(inside: torch.Tensor) -> list[list[int]]:
+    """[first, last + 1] of what is True in each row, [0, 0] where nothing is."""
+    length, some = inside.shape[1], inside.any(1)
+    first, behind = inside.int().argmax(1), length - inside.flip(1).int().argmax(1)
+    return torch.stack([first, behind * some], 1).tolist()
+
+
 class Batch(NamedTuple):
     """One training batch.
 
@@ -22,6 +36,7 @@ class Batch(NamedTuple):
     seeds: int64 (B,), one seed a drawn sample: every random draw about a sample comes from it,
         so that nothing depends on the number of processes or workers.
     most_classes: of `labels`, as the function of that name; None: whoever needs it reads it there.
+    boxes: of `valid`, as `boxes_of`; None: whoever needs them reads them there.
     """
 
     names: list[str]
@@ -30,8 +45,9 @@ class Batch(NamedTuple):
     valid: torch.Tensor
     seeds: torch.Tensor
     most_classes: int | None = None
+    boxes: list[tuple[int, int, int, int]] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
         tensors = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.valid, self.seeds))
-        return Batch(self.names, *tensors, self.most_classes)
+        return Batch(self.names, *tensors, self.most_classes, self.boxes)

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from datasets.config import Data
+from datasets.sets import TrainItem, collate_train
 from datasets.transforms import build_augmentation, seeded
+from utils.batch import boxes_of
 from utils.images import MEAN, STD, normalize
 
 
@@ -18,7 +21,7 @@ def picture(height, width):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", ["resized_crop", "scale_and_pad"])
+@pytest.mark.parametrize("name", ["resized_crop", "scale_and_pad", "scale_flip_crop"])
 @pytest.mark.parametrize("size", [(50, 70), (64, 64), (200, 90), (1, 1), (300, 20)])
 def test_sizes_and_types(name, size):
     for seed in range(8):
@@ -26,10 +29,10 @@ def test_sizes_and_types(name, size):
             crop, valid = augmentation(name)(picture(*size))
         assert crop.shape == (3, 64, 64) and crop.dtype == torch.float32 and torch.isfinite(crop).all()
         assert valid.shape == (64, 64) and valid.dtype == torch.bool
-        assert valid.any() and (name == "scale_and_pad" or valid.all())
+        assert valid.any() and (name != "resized_crop" or valid.all())
 
 
-@pytest.mark.parametrize("name", ["resized_crop", "scale_and_pad"])
+@pytest.mark.parametrize("name", ["resized_crop", "scale_and_pad", "scale_flip_crop"])
 def test_draws_come_from_the_seed(name):
     transform, image = augmentation(name), picture(90, 120)
     crops = []
@@ -78,6 +81,38 @@ def test_coco_crops_where_the_image_is_larger():
         assert valid.all() and len(found) == 1
         starts.add(found[0])
     assert len(starts) > 5
+
+
+@pytest.mark.parametrize("size", [(40, 90), (100, 30), (64, 64)])
+def test_afa_crops_are_parts_of_the_scaled_image(size):
+    """No colour changes: a crop is a window of the image, scaled by PIL and perhaps mirrored, on black."""
+    image, transform, seen = picture(*size), augmentation("scale_flip_crop", 64, (0.5, 2.0)), set()
+    for seed in range(20):
+        with seeded(seed):
+            factor = float(torch.empty(()).uniform_(0.5, 2.0))
+            h, w = (int(side * factor) for side in size)
+        with seeded(seed):
+            crop, valid = transform(image)
+        scaled = normalize(np.asarray(Image.fromarray(image).resize((w, h), Image.BILINEAR)))
+        (top, bottom, left, right), = boxes_of(valid[None])
+        part = crop[:, top:bottom, left:right]
+        assert valid.sum() == part[0].numel() and part.shape[1:] == (min(h, 64), min(w, 64))
+        found = [
+            flip for flip in (False, True) for y in range(h - part.shape[1] + 1) for x in range(w - part.shape[2] + 1)
+            if torch.equal((scaled.flip(2) if flip else scaled)[:, y : y + part.shape[1], x : x + part.shape[2]], part)
+        ]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert seen == {False, True}
+
+
+def test_boxes():
+    valid = torch.zeros(4, 6, 9, dtype=torch.bool)
+    valid[0], valid[1, 2:5, 3:9], valid[2, 0, 8] = True, True, True
+    assert boxes_of(valid) == [(0, 6, 0, 9), (2, 5, 3, 9), (0, 1, 8, 9), (0, 0, 0, 0)]
+    labels, image = torch.ones(2), torch.zeros(3, 6, 9)
+    batch = collate_train([TrainItem("a", image, labels, mask, 0) for mask in valid]).to(torch.device("cpu"))
+    assert batch.boxes == boxes_of(valid)
 
 
 def test_voc_crop_covers_the_range_of_areas():
