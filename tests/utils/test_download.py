@@ -493,6 +493,8 @@ def test_the_registry_is_consistent():
     rows = registry()
     assert rows["vit_base_imagenet"].file == "jx_vit_base_p16_224-80ecf9dd.pth"
     assert len({row.file for row in rows.values()}) == len(rows)
+    figures = [figure for row in rows.values() for figure in (row.size, row.sha256, row.md5, row.url) if figure]
+    assert len(set(figures)) == len(figures), "of another row, perhaps taken over by <<"
     for row in rows.values():
         assert row.page.startswith("http") and row.what
         assert row.url is None or re.match(r"https?://[^/]+/", row.url)
