@@ -4,7 +4,7 @@ import functools
 import glob
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,13 +41,16 @@ class ImageFiles(Dataset):
     """Files indexed by number, with `names`; what cannot be read is an Unreadable.
 
     labels: multi-hot float32 (K,), the same for all; None for none. least: shortest side, in pixels, that a method
-    can take. most: an image of more pixels, or of a longer side than LONGEST, is reduced to that.
+    can take. most: an image of more pixels, or of a longer side than LONGEST, is reduced to that. becomes: the size
+    (h, w) -> that in which the method takes it; None: as it is.
     """
 
     def __init__(
-        self, paths: Sequence[Path], names: Sequence[str], labels: torch.Tensor | None, least: int, most: int
+        self, paths: Sequence[Path], names: Sequence[str], labels: torch.Tensor | None, least: int, most: int,
+        becomes: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> None:
         self.paths, self.names, self.labels, self.least, self.most = list(paths), list(names), labels, least, most
+        self.becomes = becomes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -59,9 +62,10 @@ class ImageFiles(Dataset):
         except UserError as error:
             return Unreadable(name, str(error))
         size, image = image.shape[:2], self._reduced(image)
-        height, width = image.shape[:2]
+        height, width = self.becomes(*image.shape[:2]) if self.becomes else image.shape[:2]
         if min(height, width) < self.least:
-            need = f"at native size a side needs {self.least} or more; give evaluate.base_size"
+            where = "at native size" if (height, width) == image.shape[:2] else "with evaluate.long_side"
+            need = f"{where} a side needs {self.least} or more; give evaluate.base_size"
             return Unreadable(name, f"{path}: {width}x{height} pixels are computed, {need}")
         return FileItem(name, normalize(image), self.labels, path, size)
 

@@ -80,7 +80,12 @@ class Evaluate(Section):
     scales: ScalesOf = key({}, "the method's: scales of each kind; 1 where none are given")
     multi_scale: Flag = key(False, "ours: maps that a threshold decides over multi_scales")
     multi_scales: Scales = key((1.0, 0.5, 0.75, 1.25, 1.5, 1.75, 2.0), "code of MoRe")
-    base_size: Count | None = key(448, "code of MoRe: images become squares of this side; null: native size")
+    base_size: Count | None = key(
+        448, "code of MoRe: images become squares of this side; null: long_side, or native size", {"long_side": None}
+    )
+    long_side: Count | None = key(
+        None, "ours (AFA's inference): of the image without change of shape; null: base_size", {"base_size": None}
+    )
     flip: Flag = key(True, "code of MoRe")
     image_labels: Literal["given", "predicted"] = key("given", "ours: whose image labels restrict the maps")
     predict_from: Text = key(CLASSIFIER, "ours: or a kind of map with background, such as seg")
@@ -93,6 +98,12 @@ class Evaluate(Section):
     save_labels: FilePath | None = key(None, "ours: folder for palette PNGs; null: none")
     save_overlays: FilePath | None = key(None, "ours: folder for pictures; null: none")
     report_images: Index = key(4, "ours: so many of the best and worst images are kept for the report")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Evaluate":
+        if self.base_size and self.long_side:
+            self.refuse("long_side", "at most one of evaluate.base_size and evaluate.long_side")
+        return self
 
 
 class Crf(Section):

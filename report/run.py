@@ -257,6 +257,8 @@ def _settings(rows: list[dict]) -> dict[str, Any]:
         "evaluate.predict_from": "predicted_from", "evaluate.precision": "precision",
     }
     settings = {key: first[name] for key, name in told.items() if name in first}
+    if "input" in first:
+        settings["evaluate.long_side"] = first.get("long_side")
     method, scales = method_of(rows[0]), {str(row["map"]): row.get("scales") or [1.0] for row in rows}
     settings |= {"evaluate.maps": list(scales), "evaluate.crf": any(row.get("crf") for row in rows)}
     multi = [kind for kind, declared in kinds_of(method).items() if kind in scales and not declared.background]

@@ -46,7 +46,8 @@ def settings_of(row: Row, plan: Plan, facts: dict) -> dict:
         "input": plan.base_size,
         "precision": plan.precision,
     }
-    return {"map": kind, **facts, **how, **more}
+    size = {"long_side": plan.long_side} if plan.long_side else {}
+    return {"map": kind, **facts, **how, **more, **size}
 
 
 def title(row: dict) -> str:
@@ -112,10 +113,11 @@ def _append(path: Path, rows: list[dict]) -> None:
 
 def _details(row: dict, method: str) -> list[str]:
     """The entries that rows of early evaluations do not have."""
-    source, bkg, side = row.get("predicted_from"), row.get("background"), row.get("input")
+    source, bkg = row.get("predicted_from"), row.get("background")
     parts = [f"predicted by the {title_of(method, source)}"] if source else []
     parts += [f"background {bkg:g}"] if bkg is not None else []
-    size = "native size" if side is None else f"input {side}x{side}"
+    side, long_side = row.get("input"), row.get("long_side")
+    size = f"input {side}x{side}" if side else f"long side {long_side}" if long_side else "native size"
     parts += [size] if "input" in row else []
     return parts + ["bf16"] if row.get("precision") == "bf16" else parts
 

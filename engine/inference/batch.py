@@ -55,15 +55,15 @@ def predict_batch(
 ) -> list[Prediction]:
     """Maps and label maps of images of one size (B, 3, H, W), normalised, on the method's device.
 
-    The images are resized to plan.base_size, the maps back to (H, W), both bilinearly; labels are decided at (H, W).
+    The images are resized to plan.input_size, the maps back to (H, W), both bilinearly; labels are decided at (H, W).
     labels: their image-level labels (B, K), not read where the plan predicts them.
     Raises UserError, naming the image, where a map is not finite.
     """
-    squares, class_logits = _squares(images, plan.base_size), None
+    inputs, class_logits = resize(images, plan.input_size(*images.shape[-2:])), None
     with autocast(images.device, plan.precision, cache=False):
         if plan.class_logits or plan.predicted == CLASSIFIER:
-            class_logits = method.classify(squares)
-        there = _present_classes(method, squares, class_logits, labels, plan)
+            class_logits = method.classify(inputs)
+        there = _present_classes(method, inputs, class_logits, labels, plan)
         maps = method.maps(images, {kind: plan.maps[kind] for kind in plan.kinds}, there.float())
     logits = () if class_logits is None else (class_logits,)
     pictures = (to_bytes(images),) if plan.crf else ()
@@ -117,13 +117,8 @@ def crf_labels(scores: Tensor, ids: Tensor, image: np.ndarray, settings: dict) -
     return ids.to(refined.device, non_blocking=True)[refined.argmax(0)].byte()
 
 
-def _squares(images: Tensor, side: int | None) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, side, side); unchanged without a side."""
-    return images if side is None else resize(images, (side, side))
-
-
 def _present_classes(
-    method: Method, squares: Tensor, class_logits: Tensor | None, labels: Tensor | None, plan: Plan
+    method: Method, inputs: Tensor, class_logits: Tensor | None, labels: Tensor | None, plan: Plan
 ) -> Tensor:
     """bool (B, K): the given labels; or those with min_pixels of a kind with background; or classes of logit > 0, and
     where there is none those of the first kind with background."""
@@ -132,17 +127,17 @@ def _present_classes(
             raise ValueError("the plan takes given image labels, but there are none")
         return labels > 0
     if plan.predicted != CLASSIFIER:
-        return _seen(method, squares, plan.predicted, plan.min_pixels)
+        return _seen(method, inputs, plan.predicted, plan.min_pixels)
     present, kinds = class_logits > 0, [kind for kind, declared in method.kinds.items() if declared.background]
     if kinds and not to_host(present.any(1))[0].all():
-        seen = _seen(method, squares, kinds[0], plan.min_pixels)
+        seen = _seen(method, inputs, kinds[0], plan.min_pixels)
         present = torch.where(present.any(1, keepdim=True), present, seen)
     return present
 
 
-def _seen(method: Method, squares: Tensor, kind: str, min_pixels: int) -> Tensor:
+def _seen(method: Method, inputs: Tensor, kind: str, min_pixels: int) -> Tensor:
     """bool (B, K): the classes with so many pixels in the argmax of the coarse scores."""
-    scores = method.coarse_scores(squares, kind)
+    scores = method.coarse_scores(inputs, kind)
     ids = scores.argmax(1).flatten(1)
     counts = ids.new_zeros(scores.shape[:2]).scatter_add_(1, ids, torch.ones_like(ids))
     return counts[:, 1:] >= min_pixels

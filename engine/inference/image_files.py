@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.files import replacing
 from utils.images import heatmap, overlay, to_uint8, write_label_png
 
-LEAST_SIDE = 32        # pixels at the smallest scale, at native size: a patch, and no less, fits
+LEAST_SIDE = 32        # pixels at the smallest scale, where the shape stays: a patch, and no less, fits
 MOST_PIXELS = 1_000_000
 
 
@@ -45,7 +45,7 @@ def predict_files(
         raise UserError("--labels gives the image labels: evaluate.image_labels=predicted does not go with it")
     names, paths = unique_names(found), [image for _, image in found]
     path_of = dict(zip(names, paths, strict=True))
-    dataset = ImageFiles(paths, names, given, least_side(plan), most_pixels)
+    dataset = ImageFiles(paths, names, given, least_side(plan), most_pixels, plan.input_size)
     is_done = predictor.claim(folder, overwrite, {"labels": labels, "most_pixels": most_pixels})
 
     def finished(name: str) -> bool:
@@ -66,7 +66,7 @@ def given_labels(text: str, classes: Sequence[str]) -> torch.Tensor:
 
 
 def least_side(plan: Plan) -> int:
-    """The shortest side of an image, in pixels, that goes through the network."""
+    """The shortest side of an input of scale 1, in pixels, that goes through the network."""
     if plan.base_size is not None:
         return 1
     return int(LEAST_SIDE / min(min(plan.maps[kind].scales) for kind in plan.kinds))

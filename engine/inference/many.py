@@ -117,7 +117,7 @@ class InParts:
             elif alone:
                 raise UserError(
                     f"{part[0].name}: {width}x{height} pixels are too many for the GPU's memory; give a smaller "
-                    "evaluate.base_size, evaluate.multi_scale=false or evaluate.flip=false"
+                    "evaluate.base_size or evaluate.long_side, evaluate.multi_scale=false or evaluate.flip=false"
                 )
             alone = True
         return done

@@ -18,7 +18,8 @@ class Plan(NamedTuple):
     """What is made of an image, and how.
 
     kinds: of the maps wanted, with what each is. maps: how each is made.
-    base_size: side of the square the image becomes; None: native size.
+    base_size: side of the square the image becomes. long_side: of the image without change of shape. None for both:
+    native size.
     predicted: None for given image labels, else where they come from: `classifier`, or a kind with background.
     min_pixels: a class of that kind counts from this many pixels of its coarse scores.
     crf: settings of `dense_crf`, None for none; with them every label map is made without and with CRF.
@@ -34,6 +35,11 @@ class Plan(NamedTuple):
     crf: dict | None = None
     class_logits: bool = False
     precision: str = "fp32"
+    long_side: int | None = None
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """What an image of this size becomes."""
+        return MapPlan(side=self.base_size, long_side=self.long_side).input_size(height, width)
 
     @property
     def rows(self) -> list[Row]:
@@ -62,7 +68,7 @@ def evaluation_plan(config: RunConfig) -> Plan:
     maps = {kind: _map_plan(config, kind, declared[kind]) for kind in declared if kind in wanted}
     crf = config.crf.model_dump() if c.crf else None
     how = {"predicted": predicted, "min_pixels": c.min_pixels, "crf": crf, "precision": precision_of(config)}
-    return Plan({kind: declared[kind] for kind in wanted}, maps, c.base_size, **how)
+    return Plan({kind: declared[kind] for kind in wanted}, maps, c.base_size, long_side=c.long_side, **how)
 
 
 def validation_plan(config: RunConfig) -> Plan:
@@ -114,4 +120,4 @@ def _map_plan(config: RunConfig, kind: str, declared: MapKind) -> MapPlan:
     scales = c.scales.get(kind, (1.0,))
     if not declared.background:
         scales = with_scale_1(c.multi_scales if c.multi_scale else scales)
-    return MapPlan(tuple(scales), c.flip, c.base_size, 0.0 if declared.background else c.bkg)
+    return MapPlan(tuple(scales), c.flip, c.base_size, 0.0 if declared.background else c.bkg, long_side=c.long_side)

@@ -9,6 +9,7 @@ import pytest
 from engine import provenance
 from engine.config import CONFIGS, SCHEMA, layers_of, load_config, load_settings, portable, save_config
 from engine.provenance import save_provenance
+from model import METHODS
 from utils.config import read_yaml
 from utils.errors import UserError
 
@@ -210,6 +211,27 @@ def test_iterations_or_epochs():
     for items in (["train.epochs=2", "train.iterations=5"], ["train.iterations=null"]):
         with pytest.raises(UserError, match="exactly one"):
             load_config(None, items)
+
+
+LONG = {"base_size": None, "long_side": 512}
+
+
+@pytest.mark.parametrize("defaults, given, sizes", [
+    ({}, "", (448, None)), ({}, "long_side: 512", (None, 512)), ({}, "long_side: null", (448, None)),
+    (LONG, "", (None, 512)), (LONG, "base_size: 448", (448, None)), (LONG, "long_side: null", (None, None)),
+    ({}, "base_size: 448, long_side: 512", None), (LONG, "base_size: 448, long_side: 512", None),
+])
+def test_a_square_or_a_long_side(monkeypatch, run_yaml, defaults, given, sizes):
+    monkeypatch.setattr(METHODS["more"], "defaults", {"evaluate": defaults})
+    items = [f"evaluate.{item.replace(': ', '=')}" for item in given.split(", ") if item]
+    for source in ((None, items), (run_yaml(f"evaluate: {{{given}}}"), ())):
+        if sizes is None:
+            with pytest.raises(UserError, match="long_side = 512 .*: expected at most one of evaluate.base_size and"):
+                load_config(*source)
+        else:
+            config = load_config(*source)
+            assert (config.evaluate.base_size, config.evaluate.long_side) == sizes
+            assert load_settings(portable(config), "a file").evaluate == config.evaluate
 
 
 def test_texts_of_a_file_stay_as_written(run_yaml):

@@ -268,6 +268,8 @@ def test_too_small_for_native_size(tmp_path):
     assert isinstance(reduced, Unreadable) and "33x30 pixels are computed" in reduced.reason
     assert items[1].image.shape == (3, 64, 70)
     assert items[2] == Unreadable("absent", f"{paths[2]}: image file is missing")
+    thin = ImageFiles(paths, items.names, None, least_side(plan), 10**6, plan._replace(long_side=65).input_size)[1]
+    assert "65x59 pixels are computed, with evaluate.long_side a side needs 64 or more" in thin.reason
 
 
 def test_names(tmp_path):

@@ -22,13 +22,14 @@ from benchmarks.measure import Counter
 from engine.checkpoints.files import check_classes, run_folder
 from engine.distributed import Ranks
 from engine.evaluation.evaluate import evaluate, score, validate
-from engine.evaluation.results import append_results
+from engine.evaluation.results import append_results, settings_of, title
 from engine.inference import batch, many
 from engine.inference.batch import _label_maps, predict, predict_batch, threshold, to_host
 from engine.inference.many import in_pools, same_size
 from engine.inference.pictures import training_picture
 from engine.inference.plan import evaluation_plan, validation_plan
 from model.method import MapPlan
+from report.run import evaluate_command
 from tests.engine.fake_method import FakeMethod, FakeSet, K, config, fake_is_known  # noqa: F401
 from utils.batch import Batch
 from utils.crf import dense_crf
@@ -247,6 +248,25 @@ def test_scales_flip_and_squares():
     method.calls.clear()
     predict(method, item.image, item.labels, evaluation_plan(config("evaluate.maps=[seg]", "evaluate.flip=false")))
     assert method.calls == [((1, *item.image.shape), {"seg": MapPlan((1.0, 1.25, 1.5))}, True)]
+
+
+@pytest.mark.parametrize("given, size, said", [
+    ("base_size=20", (20, 20), "input 20x20"), ("long_side=21", (21, 14), "long side 21"),
+    ("base_size=null", (9, 6), "native size"),
+])
+def test_what_the_images_become(given, size, said):
+    """The classifier's inputs, those of the maps, and what a row, its title and the command that makes it again say."""
+    plan, method = evaluation_plan(config(f"evaluate.{given}", "evaluate.image_labels=predicted")), FakeMethod()
+    image, asked = torch.randn(3, 9, 6), []
+    method.classify = lambda images: asked.append(images) or images.mean((2, 3))
+    assert predict(method, image, None, plan).maps["seg"].shape[-2:] == (9, 6)
+    assert torch.equal(asked[0], torch.nn.functional.interpolate(image[None], size, mode="bilinear"))
+    assert {made.input_size(9, 6) for made in plan.maps.values()} == {size}
+    row = settings_of(("seg", False), plan, {"method": "fake", "dataset": "voc", "split": "val", "images": 3})
+    assert title(row).endswith(f", {said}")
+    command = evaluate_command(Path("run"), [row], {"evaluate.base_size": None, "evaluate.long_side": 30}).split()
+    again = config("evaluate.long_side=30", *[item for item in command if "_size=" in item or "_side=" in item])
+    assert evaluation_plan(again).input_size(9, 6) == size
 
 
 def test_validation_follows_the_training_plan():
