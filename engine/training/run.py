@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from engine.inference.pictures import training_picture
 from engine.provenance import save_provenance
 from engine.training.resume import check_same_run
 from engine.training.step import Trainer
+from model.batch_norm import SyncBatchNorm
 from model.method import Method
 from utils.batch import Batch
 from utils.errors import UserError
@@ -103,6 +104,12 @@ class Run:
         self.logger.info("%d training images (%s), %s, %d classes", *facts)
         facts = batch, world, batch // world, self.ranks.device, config.train.lr, config.train.precision
         self.logger.info("global batch %d = %d process(es) x %d on %s, lr %.3g, %s", *facts)
+        norms = [part for part in self.trainer.method.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        own = any(not isinstance(norm, SyncBatchNorm | nn.SyncBatchNorm) for norm in norms)
+        if world > 1 and own:
+            self.logger.warning("batch norm: each process's own statistics: the number of processes changes the run")
+        elif world > 1 and norms:
+            self.logger.info("batch norm: statistics over all processes")
         if self.trainer.iteration:
             self.logger.info("resumed after iteration %d%s", self.trainer.iteration, self.changed)
 

@@ -8,10 +8,16 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from engine.checkpoints.files import read_meta
+from engine.config import load_config
+from engine.distributed import Ranks
 from engine.training import train
+from engine.training.run import Run
 from engine.training.step import Trainer
+from model import METHODS
+from model.batch_norm import SyncBatchNorm
 from tests import tiny
 from tests.toy import method
 from utils.config import read_yaml
@@ -151,3 +157,19 @@ def test_one_training_at_a_time_and_nothing_to_resume(voc_root, tmp_path):
     other.communicate()
     tiny.train_toy(voc_root, tmp_path, "resume=auto", "train.iterations=1", "data.val_split=null")
     assert "no checkpoint in " in (tmp_path / "toy" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("world, layer, said", [
+    (2, nn.BatchNorm2d, "batch norm: each process's own statistics: the number of processes changes the run"),
+    (2, SyncBatchNorm, "batch norm: statistics over all"), (2, nn.SyncBatchNorm, "batch norm: statistics over all"),
+    (2, nn.Identity, ""), (1, nn.BatchNorm2d, ""),
+])
+def test_whose_batch_statistics_is_said(tmp_path, monkeypatch, world, layer, said):
+    monkeypatch.setitem(METHODS, "toy", method.Toy)
+    config, cpu = load_config(None, ["method=toy", "tag=toy", f"output={tmp_path}"]), torch.device("cpu")
+    toy, run = method.Toy(config, 2), Run(config, Ranks(0, world, cpu))
+    toy.body[2] = layer(8)
+    run.trainer, run.classes = Trainer(toy, config, Ranks(0, 1, cpu), 6), []
+    run.describe([], None)
+    log = (tmp_path / "toy" / "train.log").read_text()
+    assert log.count("batch norm") == bool(said) and said in log
