@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from model.afa.method import AFA
 from model.method import Method
 from model.more.method import MoRe
 
-METHODS: dict[str, type[Method]] = {"more": MoRe}
+METHODS: dict[str, type[Method]] = {"more": MoRe, "afa": AFA}
 
 
 def build_method(config: Any, num_classes: int) -> Method:

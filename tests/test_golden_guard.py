@@ -23,11 +23,11 @@ def test_b(golden):
 
 @pytest.fixture
 def project(tmp_path):
-    """A project with tests/goldens and two goldens; afa is of a method it does not have."""
+    """A project with tests/goldens and two goldens; "other" is of a method it does not have."""
     (tmp_path / "tests/goldens").mkdir(parents=True)
     shutil.copy(ROOT / "tests/goldens/conftest.py", tmp_path / "tests/goldens/conftest.py")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for method in ("more", "afa"):
+    for method in ("more", "other"):
         (tmp_path / "goldens" / method).mkdir(parents=True)
         np.savez(tmp_path / "goldens" / method / "a.npz", x=1)
         (tmp_path / "goldens" / method / "b.txt").write_text("text")
