@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.baselines import plain_step
+from benchmarks.baselines import plain_afa, plain_step
 from benchmarks.measure import (
     CLASSES,
     Counter,
@@ -45,9 +45,12 @@ from engine.config import RunConfig, load_config
 from engine.distributed import Ranks, barrier, cleanup, peak_memory, setup, use_tf32
 from engine.training.sampler import GlobalBatches
 from engine.training.step import Trainer
+from model import METHODS
+from model.afa import method as afa_method
+from model.afa.affinity import affinity_loss, random_walk
+from model.afa.method import scores_with_background
 from model.losses.ratio import local_ratio
 from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
-from model.more.method import MoRe
 from model.pseudo_labels import present_first, refined_labels
 from utils.batch import Batch
 from utils.errors import UserError
@@ -55,19 +58,22 @@ from utils.files import ROOT
 from utils.images import read_rgb
 
 ALLOWED_DIFFERENCE = {"fp32": 1e-3, "bf16": 5e-2}   # of a loss term, relative to the total: two formulations in float32
-LATE = 12_000   # an iteration at which every term has a weight and token labels come from the main CAM
+LATE = 12_000   # an iteration at which every term has a weight; MoRe's token labels come from the main CAM, AFA's walk
+PLAIN = {"more": plain_step.PlainMoRe, "afa": plain_afa.PlainAFA}
+DEFAULTS = {"more": ("vit_base_patch16_224", 448), "afa": ("mit_b1", 512)}   # --backbone and --crop
+NO_DRAWS = {"more": [], "afa": ["model.drop_path=0", "model.dropout=0"]}   # the two formulations draw in other orders
 
 
 def step_config(options: argparse.Namespace) -> RunConfig:
     overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"data.crop_size={options.crop}"]
-    return load_config("more_voc", [*overrides, *options.settings])
+    return load_config(f"{options.method}_voc", [*overrides, *NO_DRAWS[options.method], *options.settings])
 
 
 def make_trainer(config: RunConfig, plain: bool, ranks: Ranks, classes: int = CLASSES) -> Trainer:
     """A trainer in the last stage. plain: with the plainly formulated losses and AdamW parameter by parameter."""
     torch.manual_seed(0)
     use_tf32(config.train.tf32)
-    method = (plain_step.PlainMoRe if plain else MoRe)(config, classes).to(ranks.device).train()
+    method = (PLAIN if plain else METHODS)[config.method](config, classes).to(ranks.device).train()
     trainer = Trainer(method, config, ranks)
     trainer.iteration = LATE
     if plain:
@@ -95,12 +101,16 @@ def phases_of(trainer: Trainer, mark: Callable) -> Iterator[list[tuple[str, obje
                 borders.append((inside[-1], mark()))
         return call
 
-    method, plain = trainer.method, isinstance(trainer.method, plain_step.PlainMoRe)
-    calls = {
-        "CAM pass": (method, "_all_cams" if plain else "_training_cams"), "refine": (method, "_pixel_labels"),
-        "forward": (plain_step, "plain_forward") if plain else (method.network, "forward"),
-        "losses": (method, "losses"), "backward": (Tensor, "backward"), "optimizer": (trainer.optimizer, "step"),
-    }
+    method, plain = trainer.method, isinstance(trainer.method, tuple(PLAIN.values()))
+    calls = {"losses": (method, "losses"), "backward": (Tensor, "backward"), "optimizer": (trainer.optimizer, "step")}
+    if trainer.config.method == "more":
+        calls["CAM pass"] = method, "_all_cams" if plain else "_training_cams"
+        calls["refine"] = method, "_pixel_labels"
+        calls["forward"] = (plain_step, "plain_forward") if plain else (method.network, "forward")
+    else:
+        calls["CAM pass"] = (plain_afa, "plain_cams") if plain else (method, "_training_cams")
+        calls["walk"] = (plain_afa, "plain_walk_labels") if plain else (method, "walked_labels")
+        calls["refine"] = (plain_afa, "plain_cam_labels") if plain else (afa_method, "refined_labels")
     with ExitStack() as stack:
         for phase, (owner, name) in calls.items():
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), phase)))
@@ -113,7 +123,7 @@ def step(options: argparse.Namespace) -> list[dict]:
     for batch in options.batch or (4,):
         for precision in options.precision:
             row = {"benchmark": "step", "batch": batch, "crop": options.crop, "precision": precision}
-            row |= {"device": options.device, "backbone": options.backbone}
+            row |= {"method": options.method, "device": options.device, "backbone": options.backbone}
             if options.device == "cuda" and not torch.cuda.is_available():
                 row["measured"] = False
             else:
@@ -128,7 +138,7 @@ def step(options: argparse.Namespace) -> list[dict]:
 def measure_step(options: argparse.Namespace, batch: int, precision: str) -> dict:
     """The measured part of a row."""
     given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "device": options.device}
-    given["images"] = str(options.images or "")
+    given |= {"method": options.method, "images": str(options.images or "")}
     workers = {"ours": {**given, "settings": [f"train.precision={precision}"]}}
     if options.baseline:
         workers["plain"] = {**given, "settings": ["train.precision=fp32"], "plain": True}
@@ -200,7 +210,7 @@ class StepWorker:
 
 def work() -> None:
     """The process of a `StepWorker`. Its first answer holds what `counted` counts, too."""
-    options = argparse.Namespace(**{"plain": False, "classes": CLASSES} | json.loads(sys.argv[1]))
+    options = argparse.Namespace(**{"plain": False, "classes": CLASSES, "method": "more"} | json.loads(sys.argv[1]))
     folder = Path(options.images) if options.images else None
     images = load_images(folder, options.batch, options.crop, options.crop)
     given = batch_of(images, options.device, options.classes)
@@ -258,8 +268,8 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def print_step(row: dict) -> None:
-    crop = f"{row['crop']}x{row['crop']}"
-    print(f"\nstep: {row['backbone']}, batch {row['batch']}, {crop}, {row['precision']}, {row['device']}")
+    network, crop = f"{row['method']}, {row['backbone']}", f"{row['crop']}x{row['crop']}"
+    print(f"\nstep: {network}, batch {row['batch']}, {crop}, {row['precision']}, {row['device']}")
     if not row.get("measured", True):
         print("  not measured: no GPU")
         return
@@ -275,10 +285,11 @@ def print_step(row: dict) -> None:
 
 
 def parts(options: argparse.Namespace) -> list[dict]:
-    """PAR refinement and the two losses of LIR against their plain formulations, interleaved, with their gradients."""
-    rows, side = [], options.crop // 16
+    """Parts of a step against their plain formulations, interleaved, with their gradients: PAR refinement and the two
+    losses of LIR, or AFA's random walk and affinity loss."""
+    rows, side, rivals_of = [], options.crop // 16, {"more": part_rivals, "afa": afa_rivals}[options.method]
     for batch in options.batch or (4,):
-        for name, rivals in part_rivals(options, batch, side).items():
+        for name, rivals in rivals_of(options, batch, side).items():
             with Counter() as counter:
                 result = rivals[0]()
             apart = (result - rivals[1]()).detach()   # of labels: the share that differs
@@ -289,8 +300,8 @@ def parts(options: argparse.Namespace) -> list[dict]:
             }
             times = interleaved(timers, options.repeats or 9)
             ratio = median_ratio(times["plain"], times["ours"])
-            row = {"benchmark": "parts", "part": name, "batch": batch, "crop": options.crop, "ratio": ratio}
-            row |= {"seconds": {run: statistics.median(spent) for run, spent in times.items()}}
+            row = {"benchmark": "parts", "method": options.method, "part": name, "batch": batch, "crop": options.crop}
+            row |= {"ratio": ratio, "seconds": {run: statistics.median(spent) for run, spent in times.items()}}
             row |= {"operators": counter.operators, "host_reads": counter.host_reads, "difference": difference}
             rows.append(row)
             print(f"{name:>10}, batch {batch}: plain {1000 * row['seconds']['plain']:.2f} ms, ours "
@@ -343,6 +354,48 @@ def part_rivals(options: argparse.Namespace, batch: int, side: int) -> dict[str,
         "uncertain": (sampled, sampled_plainly),
         "certain": (certain, certain_plainly),
     }
+
+
+def afa_rivals(options: argparse.Namespace, batch: int, side: int) -> dict[str, tuple[Callable, Callable]]:
+    """The same of AFA: the walk at the largest scale, for both backgrounds and from the same affinities; the loss from
+    labels on. Its gradient is added to the value, so that it is compared too."""
+    given = batch_of(load_images(options.images, batch, options.crop, options.crop), options.device)
+    c, device = load_config("afa_voc").pseudo_labels, options.device
+    large, backgrounds = int(max(c.cam_scales) * side), (c.high, c.low)
+    torch.manual_seed(0)
+    cam = torch.rand(batch, CLASSES, large, large, device=device)
+    walked_by = torch.rand(batch, large**2, large**2, device=device)
+    learned = torch.rand(batch, side**2, side**2, device=device)
+    classes = given.labels.argmax(1)[:, None, None] + 1
+    blobs = F.avg_pool2d(torch.rand(batch, 1, side, side, device=device), 5, 1, 2)[:, 0]
+    labels = torch.where(blobs > 0.52, 255, torch.where(blobs > 0.49, classes, 0))
+    pixels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
+
+    def walk() -> Tensor:
+        present = present_first(given.labels, given.most_classes)
+        own = present.of(cam)
+        scores = [scores_with_background(own, present, (large, large), background) for background in backgrounds]
+        walked = random_walk(torch.cat(scores, 1), lambda rows, columns: walked_by[:, rows, columns], c.radius)
+        spread = walked.new_zeros(batch, 2, CLASSES + 1, large, large)
+        for image in range(batch):
+            ids = present.classes[image][present.there[image]] + 1
+            of_both = walked[image].unflatten(0, (2, -1))
+            spread[image, :, 0], spread[image][:, ids] = of_both[:, 0], of_both[:, 1 : 1 + len(ids)]
+        return spread.transpose(0, 1)
+
+    def walk_plainly() -> Tensor:
+        mask, own = plain_afa.plain_mask(large, large, c.radius, cam.device), cam * given.labels[:, :, None, None]
+        return torch.stack([plain_afa.plain_walk(own, walked_by, mask, given.labels, score) for score in backgrounds])
+
+    def loss() -> Tensor:
+        return affinity_loss(learned.detach().requires_grad_(), labels, CLASSES, c.radius)
+
+    def loss_plainly() -> Tensor:
+        mask = plain_afa.plain_mask(side, side, c.radius, cam.device)
+        targets = plain_afa.plain_affinity_labels(pixels, mask)
+        return plain_afa.plain_affinity_loss(learned.detach().requires_grad_(), targets)[0]
+
+    return {"random walk": (walk, walk_plainly), "affinity": (loss, loss_plainly)}
 
 
 def _with_gradient(call: Callable[[], Tensor]) -> Callable[[], None]:
@@ -412,7 +465,8 @@ def processes_step(options: argparse.Namespace, batch: int, world: int) -> float
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "repeats": options.repeats or 3}
+    given = {"batch": batch, "crop": options.crop, "backbone": options.backbone, "method": options.method}
+    given["repeats"] = options.repeats or 3
     given["settings"] = ["train.precision=fp32"]
     command = [sys.executable, "-c", "import benchmarks.training as s; s.report_step()", json.dumps(given)]
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WSSS_DEVICE": options.device}

@@ -76,10 +76,11 @@ class MixTransformer(nn.Module):
         network = PyramidVisionTransformerV2(num_classes=0, drop_path_rate=drop_path, **sizes)
         self.patch_embed, self.stages = network.patch_embed, network.stages
         self.channels, self.depths, self.heads = sizes["embed_dims"], sizes["depths"], sizes["num_heads"]
+        self.sr_ratios = sizes["sr_ratios"]
         self.least = 1
         for index, (embed, stride) in enumerate(zip(self._embeds(), strides, strict=True)):
             embed.proj.stride = (stride, stride)
-            self.least = max(self.least, math.prod(strides[: index + 1]) * sizes["sr_ratios"][index])
+            self.least = max(self.least, math.prod(strides[: index + 1]) * self.sr_ratios[index])
 
     def forward(self, images: Tensor, attention: Collection[int] = ()) -> MiTFeatures:
         """attention: the blocks, counted over all stages, whose q.k is wanted; the others run fused."""
