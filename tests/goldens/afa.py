@@ -8,7 +8,9 @@ from torch import Tensor
 
 from engine.config import RunConfig, load_config
 from model import build_method
+from model.afa.affinity import near_pairs
 from model.method import Method
+from utils.images import IGNORE
 
 MEAN, STD = np.array((123.675, 116.28, 103.53)), np.array((58.395, 57.12, 57.375))
 
@@ -28,6 +30,15 @@ def normalized(images_u8: np.ndarray) -> Tensor:
     """RGB uint8 (..., H, W, 3) -> the network's input (..., 3, H, W), in float32 arithmetic."""
     images = (images_u8.astype(np.float32) - MEAN.astype(np.float32)) / STD.astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
+
+
+def affinity_target(labels: Tensor, radius: int) -> Tensor:
+    """Token labels (B, h, w) -> (B, N, N): 1 same, 0 different, 255 ignored or farther apart than `radius`, if any."""
+    flat = labels.flatten(1)
+    known = (flat[:, :, None] != IGNORE) & (flat[:, None] != IGNORE)
+    if radius:
+        known &= near_pairs(labels.shape[1:], radius, labels.device)
+    return torch.where(known, (flat[:, :, None] == flat[:, None]).long(), IGNORE)
 
 
 def cases(arrays) -> list[str]:

@@ -10,10 +10,8 @@ import torch
 
 from engine.distributed import Ranks
 from engine.training.step import Trainer
-from model.afa.affinity import near_pairs
 from model.afa.official import official_name
-from model.losses.affinity import pair_labels
-from tests.goldens.afa import golden_afa, normalized
+from tests.goldens.afa import affinity_target, golden_afa, normalized
 from utils.batch import Batch
 from utils.images import IGNORE, denormalize
 
@@ -100,11 +98,9 @@ def test_loss_terms(trace):
     for theirs, name in TERMS.items():
         np.testing.assert_allclose([t[name] for t in ours["terms"]], columns[theirs], rtol=1e-3, err_msg=theirs)
     for i, labels in enumerate(ours["affinity"]):
-        same, different = pair_labels(labels.flatten(1), itself=True)
-        near = near_pairs(labels.shape[1:], int(arrays["radius"]) or max(labels.shape), labels.device)
-        for theirs, pairs in (("pos_count", same & near), ("neg_count", different & near)):
-            assert abs(int(pairs.sum()) + 1 - columns[theirs][i]) <= 2, theirs
-        target = torch.full(same.shape, IGNORE).masked_fill(same & near, 1).masked_fill(different & near, 0)
+        target = affinity_target(labels, int(arrays["radius"]))
+        for theirs, value in (("pos_count", 1), ("neg_count", 0)):
+            assert abs(int((target == value).sum()) + 1 - columns[theirs][i]) <= 2, theirs
         assert (target.numpy() != arrays["aff_label"][i]).mean() <= 2e-3
 
 
