@@ -58,6 +58,18 @@ def test_parts(written):
     assert parts["uncertain"]["operators"] <= 80
 
 
+def test_afa(tmp_path):
+    """The step and its parts give what their plain formulations give; sides this small leave the ratio open."""
+    arguments = ["--method", "afa", "--backbone", "mit_b0", "--crop", "128", "--batch", "2", "--repeats", "1"]
+    output = run("step", "parts", *arguments, "--json", tmp_path / "a.json").stdout
+    step, walk, loss = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert (step["method"], step["host_reads"]) == ("afa", 0) and step["difference"] < 1e-5
+    assert {"CAM pass", "walk", "refine", "losses", "backward"} <= set(step["phases"])
+    assert (walk["part"], loss["part"]) == ("random walk", "affinity")
+    assert walk["difference"] < 1e-6 and loss["difference"] < 1e-6
+    assert "step: afa, mit_b0, batch 2, 128x128" in output
+
+
 def test_evaluate(written):
     output, rows = written
     (row,) = (row for row in rows if row["benchmark"] == "evaluate")
