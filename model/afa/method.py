@@ -42,7 +42,10 @@ class AFA(Method):
         super().__init__(config, num_classes)
         m = config.model
         if m.timm_statistics:
-            raise UserError("model.normalize=timm: a Mix Transformer takes ImageNet's mean and std; give imagenet")
+            raise UserError(
+                f"model.weights={m.weights}, model.normalize={m.normalize}: timm has no Mix Transformer; give a file or a "
+                "name that `tools/download.py list` shows, which takes ImageNet's mean and std"
+            )
         self.network = AFANetwork(
             m.backbone, m.backbone_args, m.strides, num_classes, m.decoder_channels, m.pooling, m.drop_path, m.dropout
         )

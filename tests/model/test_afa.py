@@ -149,7 +149,8 @@ def test_start_weights_are_strict(tmp_path):
     (["model.backbone_args={depths: [1,1]}"], "four numbers"),
     (["model.backbone_args={depths: [2,2,2,1]}"], "two blocks"),
     (["model.backbone_args={num_heads: [1,2,5,3]}"], "do not divide"),
-    (["model.normalize=timm"], "model.normalize"),
+    (["model.normalize=timm"], "model.normalize=timm: timm has no"),
+    (["model.weights=timm"], "model.weights=timm, .*timm has no"),
 ])
 def test_what_cannot_be_built_is_named(settings, text):
     with pytest.raises(UserError, match=text):
@@ -274,7 +275,7 @@ def test_maps_share_their_passes():
 
 
 def test_segmentation_is_fused_at_the_size_of_the_decoder():
-    method, image = afa().eval(), torch.randn(1, 3, 48, 64)
+    method, image = afa().eval(), torch.randn(1, 3, 90, 123)   # whose parts are no whole pixels
     ours = method.maps(image, {"seg": MapPlan((1.0, 0.5, 0.75), flip=True)}, None)["seg"]
     total = None
     with torch.no_grad():
