@@ -43,8 +43,8 @@ class AFA(Method):
         m = config.model
         if m.timm_statistics:
             raise UserError(
-                f"model.weights={m.weights}, model.normalize={m.normalize}: timm has no Mix Transformer; give a file or a "
-                "name that `tools/download.py list` shows, which takes ImageNet's mean and std"
+                f"model.weights={m.weights}, model.normalize={m.normalize}: timm has no Mix Transformer; give a file "
+                "or a name that `tools/download.py list` shows, which takes ImageNet's mean and std"
             )
         self.network = AFANetwork(
             m.backbone, m.backbone_args, m.strides, num_classes, m.decoder_channels, m.pooling, m.drop_path, m.dropout
