@@ -81,7 +81,7 @@ def test_val_items_agree_with_their_masks(tiny_voc):
         assert torch.equal(item.labels, labels_of_mask(item.label_map, 20))
 
 
-@pytest.mark.parametrize("augmentation", ["resized_crop", "scale_and_pad"])
+@pytest.mark.parametrize("augmentation", ["resized_crop", "scale_and_pad", "scale_flip_crop"])
 def test_augmentation_does_not_depend_on_workers(tiny_voc, augmentation):
     train = build_train_set(config_of(tiny_voc, augmentation=augmentation))
     keys = [(i % 8, 1000 + i) for i in range(10)]
@@ -92,7 +92,7 @@ def test_augmentation_does_not_depend_on_workers(tiny_voc, augmentation):
         batches.append(list(loader))
     for other in batches[1:]:
         for a, b in zip(batches[0], other, strict=True):
-            assert a.names == b.names and a.most_classes == b.most_classes
+            assert a.names == b.names and a.most_classes == b.most_classes and a.boxes == b.boxes
             assert all(torch.equal(x, y) for x, y in zip(a[1:5], b[1:5], strict=True))
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from torchvision.transforms import ColorJitter, RandomApply
 
 from datasets.config import Data
 from datasets.sets import TrainItem, collate_train
@@ -83,27 +84,27 @@ def test_coco_crops_where_the_image_is_larger():
     assert len(starts) > 5
 
 
-@pytest.mark.parametrize("size", [(40, 90), (100, 30), (64, 64)])
-def test_afa_crops_are_parts_of_the_scaled_image(size):
-    """No colour changes: a crop is a window of the image, scaled by PIL and perhaps mirrored, on black."""
-    image, transform, seen = picture(*size), augmentation("scale_flip_crop", 64, (0.5, 2.0)), set()
-    for seed in range(20):
+@pytest.mark.parametrize("size", [(40, 90), (130, 30), (64, 64)])
+@pytest.mark.parametrize(("name", "range_"), [("scale_and_pad", (0.32, 1.0)), ("scale_flip_crop", (0.5, 2.0))])
+def test_the_same_seed_gives_the_same_crop_for_ever(name, range_, size):
+    """A seed's draws in their order: colours on COCO, factor, flip, place of the rows and of the columns."""
+    image, transform = Image.fromarray(picture(*size)), augmentation(name, 64, range_)
+    colours = RandomApply([ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8) if name == "scale_and_pad" else lambda same: same
+    for seed in range(12):
         with seeded(seed):
-            factor = float(torch.empty(()).uniform_(0.5, 2.0))
-            h, w = (int(side * factor) for side in size)
+            slow, factor = colours(image), float(torch.empty(()).uniform_(*range_))
+            height, width = (int(side * factor) for side in size)
+            slow = np.asarray(slow.resize((width, height), Image.BILINEAR))
+            slow = slow[:, ::-1] if torch.rand(1) < 0.5 else slow
+            y, x = (int(torch.randint(abs(side - 64) + 1, ())) for side in (height, width))
+        crop, there = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), bool)
+        for i in range(min(height, 64)):
+            for j in range(min(width, 64)):
+                target = i + y * (height <= 64), j + x * (width <= 64)
+                crop[target], there[target] = slow[i + y * (height > 64), j + x * (width > 64)], True
         with seeded(seed):
-            crop, valid = transform(image)
-        scaled = normalize(np.asarray(Image.fromarray(image).resize((w, h), Image.BILINEAR)))
-        (top, bottom, left, right), = boxes_of(valid[None])
-        part = crop[:, top:bottom, left:right]
-        assert valid.sum() == part[0].numel() and part.shape[1:] == (min(h, 64), min(w, 64))
-        found = [
-            flip for flip in (False, True) for y in range(h - part.shape[1] + 1) for x in range(w - part.shape[2] + 1)
-            if torch.equal((scaled.flip(2) if flip else scaled)[:, y : y + part.shape[1], x : x + part.shape[2]], part)
-        ]
-        assert len(found) == 1
-        seen.add(found[0])
-    assert seen == {False, True}
+            ours, valid = transform(np.asarray(image))
+        assert torch.equal(ours, normalize(crop)) and np.array_equal(valid, there)
 
 
 def test_boxes():
