@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets import shapes
-from utils.batch import Batch, most_classes
+from utils.batch import Batch, boxes_of, most_classes
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.images import normalize, read_rgb, write_label_png
@@ -143,8 +143,8 @@ def batch_of(images: Tensor, device: str, classes: int = CLASSES) -> Batch:
     for index in range(len(images)):
         labels[index, [(7 * index + 3 * k) % classes for k in range(1 + index % 3)]] = 1
     valid = torch.ones(len(images), *images.shape[2:], dtype=torch.bool)
-    batch = Batch([""] * len(images), normal, labels, valid, torch.arange(len(images)), most_classes(labels))
-    return batch.to(torch.device(device))
+    seeds, known = torch.arange(len(images)), (most_classes(labels), boxes_of(valid))
+    return Batch([""] * len(images), normal, labels, valid, seeds, *known).to(torch.device(device))
 
 
 @functools.cache

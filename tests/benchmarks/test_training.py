@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.measure import Counter
+from benchmarks.measure import Counter, batch_of
 from tests.benchmarks.test_benchmark import run
 
 TINY = ["--batch", "2", "--crop", "128", "--backbone", "vit_tiny_patch16_224", "--repeats", "1"]
@@ -101,6 +101,11 @@ def test_no_gpu_is_said(tmp_path):
     run("step", "evaluate", "--device", "cuda", "--json", tmp_path / "g.json", CUDA_VISIBLE_DEVICES="")
     rows = json.loads((tmp_path / "g.json").read_text())["rows"]
     assert len(rows) == 2 and all(row["measured"] is False and "seconds" not in row for row in rows)
+
+
+def test_the_batch_knows_what_would_be_read_from_a_gpu():
+    given = batch_of(torch.zeros(2, 3, 6, 9, dtype=torch.uint8), "cpu")
+    assert (given.most_classes, given.boxes) == (2, [(0, 6, 0, 9)] * 2)
 
 
 def test_the_counter_tells_views_and_reads():
