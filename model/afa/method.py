@@ -208,8 +208,8 @@ class AFA(Method):
     def _training_cams(self, images: Tensor, out: Outputs, present: Present) -> tuple[Tensor, Affinity]:
         """CAM (B, M, H, W) of these classes, and the affinity of the images at the largest scale.
 
-        In the mode `train` the passes count in the decoder's batch statistics, as released, images and mirrors as one
-        batch; what `out` has of the images themselves is not computed again.
+        Images and mirrors of a scale are one batch. In the mode `train` the passes count in the decoder's batch
+        statistics, as released; what `out` has of the images themselves is not computed again.
         """
         network, c = self.network, self.config.pseudo_labels
         train, scales, size = c.cam_pass == "train", with_scale_1(c.cam_scales), images.shape[-2:]
@@ -230,7 +230,7 @@ class AFA(Method):
         known = {"cam": network.cam(out.stages[-1])} if train else None
         network.train(train)
         plan = {"cam": (MapPlan(scales, flip=True), SUM_OF_POSITIVE)}
-        cam = fused_maps(images, plan, coarse_maps, known, present.of, at_once=train)["cam"]
+        cam = fused_maps(images, plan, coarse_maps, known, present.of, at_once=True)["cam"]
         network.train(self.training)
         return cam, found[-1]
 

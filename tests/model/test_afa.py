@@ -238,6 +238,16 @@ def test_batch_statistics_of_cam_passes(mode, passes):
     assert method.training and all(module.training for module in method.network.modules())
 
 
+def test_every_image_walks_along_its_own_affinity(monkeypatch):
+    """However few images go through the network together."""
+    method, batch = afa("pseudo_labels.cam_pass=eval").train(), batch_of()
+    monkeypatch.setattr("model.multi_scale.PIXELS_AT_ONCE", 1)
+    _, affinity = method._training_cams(batch.images, method.network(batch.images), present_first(batch.labels))
+    own = method.eval().network(F.interpolate(batch.images, scale_factor=1.5, mode="bilinear")).affinity
+    assert affinity.grid == own.grid
+    torch.testing.assert_close(affinity.full(), own.full(), rtol=1e-5, atol=1e-6)
+
+
 def test_labels_do_not_depend_on_padding():
     """What lies in the padding of a crop changes the walk, as released, but PAR of the walked CAM does not read it."""
     method, batch, grid = afa().train(), batch_of(), (7, 7)
