@@ -138,8 +138,11 @@ def _sizes(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in args.items():
         if key not in known:
             raise UserError(f"model.backbone_args.{key}: unknown{did_you_mean(key, known)} ({', '.join(known)})")
-        if not isinstance(value, (list, tuple)) or len(value) != 4:
-            raise UserError(f"model.backbone_args.{key} = {value}: expected four numbers, one for each stage")
+        whole = isinstance(value, (list, tuple)) and all(type(number) is int and number > 0 for number in value)
+        if not whole or len(value) != 4:
+            raise UserError(
+                f"model.backbone_args.{key} = {value}: expected four numbers, whole and above 0, one for each stage"
+            )
     sizes = {key: tuple(value) for key, value in {**known, **args}.items()}
     for width, heads in zip(sizes["embed_dims"], sizes["num_heads"], strict=True):
         if width % heads:
