@@ -23,11 +23,13 @@ HEADS = {   # official prefix -> ours, but for the encoder
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Released | None:
-    """A released AFA file is known by its affinity head, decoder and classifier."""
+    """A released AFA file is known by its affinity head or the fusion of its decoder, so that it is even where a key is
+    missing; the classes are counted by the classifier, else by the decoder."""
     plain = {key.removeprefix("module."): shape for key, shape in shapes.items()}
-    if not {"attn_proj.weight", "decoder.linear_fuse.conv.weight", "classifier.weight"} <= plain.keys():
+    if not any(key.startswith(("attn_proj.", "decoder.linear_fuse.")) for key in plain):
         return None
-    classes = plain["classifier.weight"][0]
+    sizes = (("classifier.weight", 0), ("decoder.linear_pred.weight", 1), ("decoder.linear_pred.bias", 1))
+    classes = next((plain[key][0] - background for key, background in sizes if plain.get(key)), 20)
     return Released(CONFIGS.get(classes, "afa_voc"), classes)
 
 

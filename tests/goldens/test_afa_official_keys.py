@@ -84,3 +84,11 @@ def test_other_keys_are_named(official, change):
             others[key] = torch.zeros(2, 3, 5)
         with pytest.raises(UserError, match=f"official AFA weights.*'{key}'"):
             method.from_official(others)
+
+
+def test_a_file_is_known_whatever_key_it_lacks(official):
+    for method, weights in official:
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
+        for key in shapes:
+            released = AFA.recognise({other: shape for other, shape in shapes.items() if other != key})
+            assert released is not None and released.classes == method.num_classes, key
