@@ -122,6 +122,16 @@ def test_stages_have_their_strides(size):
         assert list(stage.shape[2:]) == sides
 
 
+def test_attention_costs_no_drop_path():
+    """Blocks whose attention is wanted make the same of the images, in training too."""
+    backbone, images = afa("model.drop_path=0.9").network.backbone.train(), torch.randn(4, 3, SIDE, SIDE)
+    made = []
+    for attention in ((), range(5)):
+        torch.manual_seed(1)
+        made.append(backbone(images, attention).stages[-1])
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-5)
+
+
 def test_official_names_come_back():
     names = list(MixTransformer("mit_b0", {"embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1)}).state_dict())
     official = [official_name(name) for name in names]
@@ -174,6 +184,30 @@ def test_decoder(training):
     head = SegFormerHead((3, 4, 5, 6), 8, 4, dropout=0).double().train(training)
     stages = [torch.randn(2, 3 + i, 16 >> min(i, 2), 20 >> min(i, 2)).double() for i in range(4)]
     torch.testing.assert_close(head(stages), plain_head(head, stages))
+
+
+# the released settings
+
+@pytest.mark.parametrize("name, iterations, batch, par, first, walk, both", [
+    ("afa_voc", 20000, 4, 10, 2000, 6000, False), ("afa_coco", 80000, 8, 15, 5000, 15000, True),
+])
+def test_configs_hold_the_released_settings(name, iterations, batch, par, first, walk, both):
+    c = load_config(name)
+    labels, start, train, crf = c.pseudo_labels, c.loss.start_after, c.train, c.crf
+    assert (train.iterations, train.batch_size, labels.par_iterations) == (iterations, batch, par)
+    assert (start.seg, start.affinity, labels.walk_after, labels.walk_for_affinity) == (first, first, walk, both)
+    assert (train.lr, train.weight_decay, train.head_lr_factor, train.warmup_iterations, train.power) == (
+        6e-5, 0.01, 10, 1500, 1
+    )
+    assert (labels.high, labels.low, c.evaluate.bkg, labels.radius, labels.cam_scales) == (
+        0.55, 0.35, 0.45, 8, (1.0, 0.5, 1.5)
+    )
+    assert labels.par_dilations == (1, 2, 4, 8, 12, 24) and labels.cam_pass == "train"
+    assert (c.loss.weights.cls, c.loss.weights.seg, c.loss.weights.affinity, c.loss.weights.energy) == (1, 0.1, 0.1, 0)
+    assert (c.data.crop_size, c.data.augmentation, tuple(c.data.resize_range)) == (512, "scale_flip_crop", (0.5, 2))
+    assert (c.evaluate.long_side, c.evaluate.base_size, tuple(c.evaluate.scales["seg"])) == (512, None, (1, 0.5, 0.75))
+    assert (crf.iterations, crf.pos_xy_std, crf.pos_w, crf.bi_xy_std, crf.bi_rgb_std, crf.bi_w) == (10, 3, 3, 64, 5, 4)
+    assert (c.model.backbone, c.model.strides, c.model.pooling) == ("mit_b1", (4, 2, 2, 1), "max")
 
 
 # a step
