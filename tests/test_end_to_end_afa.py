@@ -14,6 +14,8 @@ from engine.launch import DEVICE
 from engine.checkpoints.hub import HubMethod
 from engine.checkpoints.opening import open_checkpoint
 from engine.config import load_config
+from engine.inference import batch
+from engine.inference.plan import evaluation_plan
 from model import build_method
 from model.afa.method import AFA
 from model.afa.official import official_name
@@ -141,6 +143,22 @@ def test_prediction_export_and_submission(run, tmp_path):
     shutil.copy(lists / "val.txt", lists / "test.txt")
     submit_voc.main([weights, "--root", str(voc), "--output", str(tmp_path / "a.tgz"), "--map", "affinity_cam"])
     assert (tmp_path / "a.tgz").is_file()
+
+
+def test_an_image_without_predicted_classes_gets_those_of_the_segmentation(run, monkeypatch):
+    """The affinity CAM needs image labels itself, so it cannot stand in for the classifier."""
+    _, folder = run
+    opened, asked = open_checkpoint(str(tiny.last_weights(folder))), []
+
+    def coarse_scores(self, images, kind):
+        asked.append(kind)
+        return torch.eye(21)[None, :, :, None]
+
+    monkeypatch.setattr(AFA, "classify", lambda self, images: torch.full((len(images), 20), -1.0))
+    monkeypatch.setattr(AFA, "coarse_scores", coarse_scores)
+    plan = evaluation_plan(opened.config)._replace(predicted="classifier", min_pixels=1)
+    prediction = batch.predict(opened.method, torch.zeros(3, 64, 64), None, plan)
+    assert asked == ["seg"] and prediction.present.all()
 
 
 def test_report_and_release(run, tmp_path):

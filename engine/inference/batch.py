@@ -121,14 +121,15 @@ def _present_classes(
     method: Method, inputs: Tensor, class_logits: Tensor | None, labels: Tensor | None, plan: Plan
 ) -> Tensor:
     """bool (B, K): the given labels; or those with min_pixels of a kind with background; or classes of logit > 0, and
-    where there is none those of the first kind with background."""
+    where there is none those of the first kind with background that takes no labels itself."""
     if plan.predicted is None:
         if labels is None:
             raise ValueError("the plan takes given image labels, but there are none")
         return labels > 0
     if plan.predicted != CLASSIFIER:
         return _seen(method, inputs, plan.predicted, plan.min_pixels)
-    present, kinds = class_logits > 0, [kind for kind, declared in method.kinds.items() if declared.background]
+    present, declared = class_logits > 0, method.kinds.items()
+    kinds = [kind for kind, of in declared if of.background and not of.uses_labels]
     if kinds and not to_host(present.any(1))[0].all():
         seen = _seen(method, inputs, kinds[0], plan.min_pixels)
         present = torch.where(present.any(1, keepdim=True), present, seen)
