@@ -5,7 +5,6 @@ softmax.
 """
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,14 +27,6 @@ SIZES = {   # table 6 of the paper
     "mit_b5": {**_WIDE, "depths": (3, 6, 40, 3)},
 }
 SHARED = {"num_heads": (1, 2, 5, 8), "sr_ratios": (8, 4, 2, 1), "mlp_ratios": (4, 4, 4, 4)}
-
-# official name -> timm's; {i} is the number of the stage from 1
-_RENAMED = (
-    (re.compile(r"patch_embed1\."), lambda found: "patch_embed."),
-    (re.compile(r"patch_embed(\d)\."), lambda found: f"stages.{int(found[1]) - 1}.downsample."),
-    (re.compile(r"block(\d)\."), lambda found: f"stages.{int(found[1]) - 1}.blocks."),
-    (re.compile(r"norm(\d)\."), lambda found: f"stages.{int(found[1]) - 1}.norm."),
-)
 
 
 class RawAttention(NamedTuple):
@@ -114,16 +105,8 @@ class MixTransformer(nn.Module):
         return [self.patch_embed, *(stage.downsample for stage in self.stages if stage.downsample is not None)]
 
 
-def own_name(official: str) -> str:
-    """timm's name of a tensor, from the official SegFormer files' name."""
-    for pattern, replacement in _RENAMED:
-        if pattern.match(official):
-            return pattern.sub(replacement, official, count=1).replace(".mlp.dwconv.dwconv.", ".mlp.dwconv.")
-    return official
-
-
 def official_name(own: str) -> str:
-    """The inverse of `own_name`."""
+    """The name that the official SegFormer files have for a tensor of `MixTransformer`, whose names are timm's."""
     name = own.replace(".mlp.dwconv.", ".mlp.dwconv.dwconv.")
     if name.startswith("patch_embed."):
         return name.replace("patch_embed.", "patch_embed1.", 1)

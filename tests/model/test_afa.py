@@ -12,7 +12,7 @@ from engine.distributed import Ranks
 from engine.training.step import Trainer
 from model import build_method
 from model.afa.affinity import Affinity, AffinityHead, affinity_loss, random_walk
-from model.backbones.mit import MixTransformer, RawAttention, official_name, own_name
+from model.backbones.mit import MixTransformer, RawAttention, official_name
 from model.decoders.segformer import SegFormerHead
 from model.method import MapPlan
 from model.multi_scale import resize
@@ -132,10 +132,10 @@ def test_attention_costs_no_drop_path():
     torch.testing.assert_close(*made, rtol=1e-4, atol=1e-5)
 
 
-def test_official_names_come_back():
+def test_official_names():
     names = list(MixTransformer("mit_b0", {"embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1)}).state_dict())
     official = [official_name(name) for name in names]
-    assert [own_name(name) for name in official] == names and len(set(official)) == len(names)
+    assert len(set(official)) == len(names)
     assert {"patch_embed1.proj.weight", "block4.1.mlp.dwconv.dwconv.bias", "norm3.weight"} <= set(official)
 
 
