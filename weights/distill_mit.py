@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from model.backbones.mit import MixTransformer, official_name
+from model.backbones.mit import MixTransformer
 from utils.images import MEAN, STD, read_rgb
 from utils.progress import progress_bar
+from weights.make_mit_shapes import save, set_rate
 
 BLOCKS, CHANNELS = (2, 4, 10), (24, 40, 112, 1280)   # of the teacher: strides 4, 8, 16, and 32 before its pooling
 CLASSES = 1000
@@ -112,14 +112,11 @@ def main() -> None:
     torch.manual_seed(0)
     student, teacher = Student(options.backbone).train(), Teacher()
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, weight_decay=0.05)
-    warmup = options.iterations // 20 + 1
     files = [options.images / f"{name}.jpg" for name in options.list.read_text(encoding="utf-8").split()]
     kept: dict[str, float] = {}
     bar = progress_bar(range(options.iterations), "distil")
     for step, images in zip(bar, batches(files, options.size, options.batch, options.iterations), strict=False):
-        share = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * step / options.iterations))
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * share
+        set_rate(optimizer, options.lr, step, options.iterations)
         terms = loss_terms(student, teacher, images.float())
         optimizer.zero_grad()
         sum(terms.values()).backward()
@@ -127,14 +124,8 @@ def main() -> None:
         kept = {name: 0.98 * kept.get(name, term.item()) + 0.02 * term.item() for name, term in terms.items()}
         if (step + 1) % 100 == 0 or step + 1 == options.iterations:
             print(step + 1, {name: round(value, 3) for name, value in kept.items()}, flush=True)
-            save(student, options.out)
+            save(student.mit, options.out)
     print(options.out)
-
-
-def save(student: Student, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {official_name(name): value.half().contiguous() for name, value in student.mit.state_dict().items()}
-    save_file(weights, path)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from engine.config import load_config
 from model.backbones.mit import MixTransformer, official_name
 from utils.images import MEAN, STD
 from utils.progress import progress_bar
-from weights.make_vit_shapes import CROP, Classifier, images_and_labels
+from weights.make_vit_shapes import Classifier, images_and_labels, random_crops
 
 TEACHER, BLOCK = Path(__file__).parent / "vit_shapes.safetensors", 2
 
@@ -55,22 +55,30 @@ class Student(nn.Module):
         return [layer(x.flatten(2).transpose(1, 2)) for layer, x in zip(self.to_teacher, stages, strict=True)]
 
 
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, step: int, iterations: int) -> None:
+    """A linear warm-up over a twentieth of the iterations, then a cosine."""
+    warmup = iterations // 20 + 1
+    factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * step / iterations))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * factor
+
+
+def save(mit: MixTransformer, path: Path) -> None:
+    """In float16, under the names of SegFormer's authors; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({official_name(name): value.half().contiguous() for name, value in mit.state_dict().items()}, path)
+
+
 def train(student: Student, teacher: Teacher, images: Tensor, iterations: int, batch: int, lr: float) -> float:
     """AdamW with a linear warm-up and a cosine; random crops, flips, quarter turns.
 
     Returns the share of the teacher's variance that is missed, of both stages together and lately.
     """
-    crop = v2.RandomResizedCrop(CROP, scale=(0.4, 1.0), antialias=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.02)
-    warmup, bar, mean = iterations // 20 + 1, progress_bar(range(iterations), "train"), 0.0
+    bar, mean = progress_bar(range(iterations), "train"), 0.0
     for step in bar:
-        factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * step / iterations))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor
-        chosen = torch.randint(len(images), (batch,)).tolist()
-        crops = torch.stack([torch.rot90(crop(images[i]), int(torch.randint(4, ())), (1, 2)) for i in chosen])
-        if torch.rand(()) < 0.5:
-            crops = crops.flip(-1)
+        set_rate(optimizer, lr, step, iterations)
+        crops, _ = random_crops(images, batch)
         crops = v2.functional.normalize(crops.float() / 255, list(MEAN), list(STD))
         loss = sum(F.mse_loss(*pair) for pair in zip(student(crops), teacher(crops), strict=True))
         optimizer.zero_grad()
@@ -95,9 +103,7 @@ def main() -> None:
     student = Student(teacher.vit.embed_dim)
     missed = train(student, teacher, images, arguments.iterations, arguments.batch, arguments.lr)
     print(f"share of the teacher's variance that is missed: {missed:.3f}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    state = student.mit.state_dict()
-    save_file({official_name(name): value.half().contiguous() for name, value in state.items()}, arguments.out)
+    save(student.mit, arguments.out)
     print(arguments.out)
 
 

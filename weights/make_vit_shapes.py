@@ -60,6 +60,14 @@ class Classifier(nn.Module):
         return self.of_token(tokens[:, 0]), self.of_patches(tokens[:, 1:])
 
 
+def random_crops(images: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """uint8 (count, 3, CROP, CROP), cut at random, turned by quarters, mirrored or not; and the images' numbers."""
+    crop, chosen = v2.RandomResizedCrop(CROP, scale=(0.4, 1.0), antialias=True), torch.randint(len(images), (count,))
+    turned = [torch.rot90(crop(images[i]), int(torch.randint(4, ())), (1, 2)) for i in chosen.tolist()]
+    crops = torch.stack(turned)
+    return crops.flip(-1) if torch.rand(()) < 0.5 else crops, chosen.tolist()
+
+
 def loss_terms(of_token: Tensor, of_patches: Tensor, labels: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Classification by the token, by the mean of each class's `top` largest patches; logits of the lower half of its
     patches against 0: an object covers half of an image at most.
@@ -74,7 +82,6 @@ def train(
     model: Classifier, images: Tensor, labels: Tensor, iterations: int, batch: int, lr: float, top: int, area: float
 ) -> None:
     """AdamW with a linear warm-up and a cosine; random crops, flips, quarter turns. area: weight of the last term."""
-    crop = v2.RandomResizedCrop(CROP, scale=(0.4, 1.0), antialias=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     warmup = iterations // 10
     bar = progress_bar(range(iterations), "train")
@@ -83,10 +90,7 @@ def train(
         factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
-        chosen = torch.randint(len(images), (batch,)).tolist()
-        crops = torch.stack([torch.rot90(crop(images[i]), int(torch.randint(4, ())), (1, 2)) for i in chosen])
-        if torch.rand(()) < 0.5:
-            crops = crops.flip(-1)
+        crops, chosen = random_crops(images, batch)
         token, patches, lower = loss_terms(*model(crops), labels[chosen], top)
         loss = token + patches + area * lower
         optimizer.zero_grad()
