@@ -10,7 +10,7 @@ from torch import Tensor
 from model.multi_scale import resize
 from model.par import par_affinity, par_refine
 from utils.batch import most_classes
-from utils.images import IGNORE
+from utils.images import IGNORE, denormalize
 
 
 class Present(NamedTuple):
@@ -55,6 +55,11 @@ def valid_tokens(valid: Tensor, patch: Sequence[int]) -> Tensor:
     h, w = (size // side for size, side in zip(valid.shape[-2:], patch, strict=True))
     inside = valid[:, : h * patch[0], : w * patch[1]]
     return inside.unflatten(1, (h, patch[0])).unflatten(3, (w, patch[1])).all(4).all(2)
+
+
+def par_images(images: Tensor) -> Tensor:
+    """What PAR sees of normalised images, in [0, 1]: as released, truncated to whole grey values."""
+    return denormalize(images).clamp(0, 255).floor() / 255
 
 
 def refined_labels(

@@ -2,10 +2,9 @@
 
 from typing import Literal
 
-from pydantic import model_validator
-
 from model.method import ModelSection
-from utils.schema import Count, FilePath, Flag, Index, NotNegative, Number, Positive, Scales, Section, Share, Text, key
+from model.shared_keys import EnergyKeys, PixelLabelKeys
+from utils.schema import Count, FilePath, Flag, Index, Number, Scales, Section, Share, Text, key
 
 
 class Model(ModelSection):
@@ -18,24 +17,16 @@ class Model(ModelSection):
     pooling: Literal["max", "mean"] = key("max", "code: over the patches, before the classifier")
 
 
-class PseudoLabels(Section):
+class PseudoLabels(PixelLabelKeys):
     cam_scales: Scales = key((1.0, 0.5, 1.5), "code")
     cam_pass: Literal["train", "eval"] = key(
         "train", "code: mode of the network while it makes CAMs; train counts these in the decoder's batch statistics"
     )
     high: Share = key(0.55, "code: background score above which a pixel is a class")
     low: Share = key(0.35, "code: background score below which it is background")
-    par_iterations: Index = key(10, "code")
-    par_dilations: tuple[Count, ...] = key((1, 2, 4, 8, 12, 24), "code")
     walk_after: int = key(6000, "code: then the segmentation learns from CAMs after the random walk, not from CAMs")
     walk_for_affinity: Flag = key(False, "code: whether the affinity loss does so too; on COCO it does")
     radius: Index = key(8, "code: of the walk and of the affinity loss, in patches; 0: none")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "PseudoLabels":
-        if self.high < self.low:
-            self.refuse("high", f"at least pseudo_labels.low = {self.low}")
-        return self
 
 
 class Weights(Section):
@@ -56,13 +47,9 @@ class StartAfter(Section):
     energy: int = key(2000, "code")
 
 
-class Loss(Section):
+class Loss(EnergyKeys):
     weights: Weights = Weights()
     start_after: StartAfter = StartAfter()
-    energy_weight: NotNegative = key(1e-7, "code")
-    energy_sigma_rgb: Positive = key(15.0, "code")
-    energy_sigma_xy: Positive = key(100.0, "code: in full-size pixels")
-    energy_scale: Positive = key(0.5, "code")
 
 
 class AFAConfig(Section):

@@ -11,14 +11,15 @@ from model.afa.affinity import Affinity, affinity_loss, random_walk
 from model.afa.config import DEFAULTS, AFAConfig
 from model.afa.network import AFANetwork, Outputs
 from model.afa.official import from_official, recognise
+from model.backbones.in_training import compile_backbone, norms_apart
 from model.losses.energy import energy_loss
 from model.losses.segmentation import segmentation_loss
 from model.method import MapKind, MapPlan, Method, Released
 from model.multi_scale import SUM_OF_POSITIVE, Fusion, fused_maps, resize, with_scale_1
-from model.pseudo_labels import Present, labels_of_refined, present_first, refined_labels
+from model.pseudo_labels import Present, labels_of_refined, par_images, present_first, refined_labels
 from utils.batch import Batch, boxes_of
 from utils.errors import UserError
-from utils.images import IGNORE, denormalize
+from utils.images import IGNORE
 
 FROM_PSEUDO_LABELS = ("seg", "affinity", "energy")
 
@@ -66,9 +67,7 @@ class AFA(Method):
             }
             if c.loss.weights.energy:
                 terms["energy"] = energy_loss(
-                    seg_logits, batch.images, pseudo["pixel"], weight=c.loss.energy_weight,
-                    sigma_rgb=c.loss.energy_sigma_rgb, sigma_xy=c.loss.energy_sigma_xy, scale=c.loss.energy_scale,
-                    valid=batch.valid,
+                    seg_logits, batch.images, pseudo["pixel"], valid=batch.valid, **c.loss.energy_settings
                 )
         return terms
 
@@ -84,16 +83,14 @@ class AFA(Method):
             return {"pixel": pixel, "affinity": pixel.new_full((len(pixel), *grid), IGNORE)}
         cam, affinity = self._training_cams(batch.images, out, present)
         with torch.autocast(batch.images.device.type, enabled=False):
-            # the released code truncates the denormalised image before it goes through PAR
-            image = denormalize(batch.images).clamp(0, 255).floor() / 255
-            walked = iteration > c.walk_after
-            if walked:
-                pixel = self.walked_labels(cam, affinity, present, image, batch)
-            if not (walked and c.walk_for_affinity):
-                refined = refined_labels(cam, present, image, c.high, c.low, c.par_dilations, c.par_iterations)
-                refined = refined.masked_fill(~batch.valid, IGNORE)
-        pixel = pixel if walked else refined
-        pairs = pixel if walked and c.walk_for_affinity else refined
+            image, walks = par_images(batch.images), iteration > c.walk_after
+            walked = self.walked_labels(cam, affinity, present, image, batch) if walks else None
+            if walks and c.walk_for_affinity:
+                pixel = pairs = walked
+            else:
+                pairs = refined_labels(cam, present, image, c.high, c.low, c.par_dilations, c.par_iterations)
+                pairs = pairs.masked_fill(~batch.valid, IGNORE)
+                pixel = walked if walks else pairs
         return {"pixel": pixel, "affinity": F.interpolate(pairs[:, None].float(), grid)[:, 0].long()}
 
     def walked_labels(self, cam: Tensor, affinity: Affinity, present: Present, image: Tensor, batch: Batch) -> Tensor:
@@ -116,9 +113,7 @@ class AFA(Method):
         """Encoder, its norms, which are frozen as released, heads and decoder; the last two learn `head_lr_factor`
         times faster."""
         net, lr, head_lr = self.network, train.lr, train.lr * train.head_lr_factor
-        encoder = dict(net.backbone.named_parameters())
-        norms = [p for name, p in encoder.items() if "norm" in name]
-        others = [p for name, p in encoder.items() if "norm" not in name]
+        others, norms = norms_apart(net.backbone)
         heads = [*net.classifier.parameters(), *net.affinity_head.parameters()]
         return [
             {"name": "encoder", "params": others, "lr": lr},
@@ -133,9 +128,7 @@ class AFA(Method):
 
     def compile(self, **options) -> None:
         """torch.compile of the backbone in training: a graph for the training forward and two for each scale."""
-        config, graphs = torch._dynamo.config, 2 + 2 * len(self.config.pseudo_labels.cam_scales)
-        config.recompile_limit = max(config.recompile_limit, graphs)
-        self.network.backbone.compile(dynamic=False, **options)
+        compile_backbone(self.network.backbone, 2 + 2 * len(self.config.pseudo_labels.cam_scales), **options)
 
     def from_official(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of this module made from a weight file of the released code, strictly."""

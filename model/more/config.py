@@ -3,7 +3,8 @@
 from pydantic import model_validator
 
 from model.method import ModelSection
-from utils.schema import Count, FilePath, Index, NotNegative, Number, Positive, Scales, Section, Share, Text, key
+from model.shared_keys import EnergyKeys, PixelLabelKeys
+from utils.schema import Count, FilePath, Index, Number, Positive, Scales, Section, Share, Text, key
 
 HighLow = tuple[Share, Share]
 
@@ -35,21 +36,13 @@ class UncertainStages(Stages):
     aux: HighLow = key((0.7, 0.25), "code")
 
 
-class PseudoLabels(Section):
+class PseudoLabels(PixelLabelKeys):
     cam_scales: Scales = key((1.0, 0.5, 0.75, 1.5), "code")
     high: Share = key(0.7, "code: pixel and ptc labels")
     low: Share = key(0.25, "code")
     certain: Stages = Stages()
     uncertain: UncertainStages = UncertainStages()
     main_cam_after: int = key(10000, "code: then token labels come from the main CAM")
-    par_iterations: Index = key(10, "code")
-    par_dilations: tuple[Count, ...] = key((1, 2, 4, 8, 12, 24), "code")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "PseudoLabels":
-        if self.high < self.low:
-            self.refuse("high", f"at least pseudo_labels.low = {self.low}")
-        return self
 
 
 class Weights(Section):
@@ -78,16 +71,12 @@ class StartAfter(Section):
     energy: int = key(2000, "code")
 
 
-class Loss(Section):
+class Loss(EnergyKeys):
     weights: Weights = Weights()
     start_after: StartAfter = StartAfter()
     certain_temperature: Positive = key(0.5, "code")
     token_temperature: Positive = key(0.07, "code")
     uncertain_tokens: Count = key(8, "code: tokens sampled in each image")
-    energy_weight: NotNegative = key(1e-7, "code")
-    energy_sigma_rgb: Positive = key(15.0, "code")
-    energy_sigma_xy: Positive = key(100.0, "code: in full-size pixels")
-    energy_scale: Positive = key(0.5, "code")
 
 
 class MoReConfig(Section):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.backbones.in_training import compile_backbone, norms_apart
 from model.backbones.vit import MultiClassTokenViT
 from model.losses.affinity import ptc_loss
 from model.losses.energy import energy_loss
@@ -17,9 +18,9 @@ from model.more.lir import certain_loss, hashed_order, sample_uncertain, token_l
 from model.more.network import MoReNetwork, Outputs
 from model.more.official import from_official, recognise
 from model.multi_scale import LARGEST, SUM, SUM_OF_POSITIVE, full_precision, fused_maps, min_max, resize, with_scale_1
-from model.pseudo_labels import Present, present_first, refined_labels, token_labels, valid_tokens
+from model.pseudo_labels import Present, par_images, present_first, refined_labels, token_labels, valid_tokens
 from utils.batch import Batch
-from utils.images import IGNORE, denormalize
+from utils.images import IGNORE
 
 FROM_PSEUDO_LABELS = ("ptc", "certain", "uncertain", "seg", "energy")
 
@@ -77,8 +78,7 @@ class MoRe(Method):
                 "uncertain": uncertain_loss(out.class_tokens, out.patches, samples, batch.labels, self.ratio),
                 "seg": segmentation_loss(seg_logits, pseudo["pixel"], self.ratio),
                 "energy": energy_loss(
-                    seg_logits, batch.images, pseudo["pixel"], weight=c.energy_weight, sigma_rgb=c.energy_sigma_rgb,
-                    sigma_xy=c.energy_sigma_xy, scale=c.energy_scale, valid=batch.valid,
+                    seg_logits, batch.images, pseudo["pixel"], valid=batch.valid, **c.energy_settings
                 ),
             }
 
@@ -100,9 +100,7 @@ class MoRe(Method):
         source, certain, uncertain = (
             (cam, c.certain.main, c.uncertain.main) if main else (cam_aux, c.certain.aux, c.uncertain.aux)
         )
-        # the released code truncates the denormalised image before it goes through PAR
-        image = denormalize(batch.images).clamp(0, 255).floor() / 255
-        pixel = self._pixel_labels(cam, present, image)
+        pixel = self._pixel_labels(cam, present, par_images(batch.images))
         tokens = {
             "ptc": token_labels(cam_aux, present, grid, c.high, c.low),
             "certain": token_labels(source, present, grid, *certain),
@@ -114,9 +112,7 @@ class MoRe(Method):
     def param_groups(self, train: Any) -> list[dict]:
         """Encoder, encoder norms, classifiers, GCR, decoder; the last three learn `head_lr_factor` times faster."""
         net, lr, head_lr = self.network, train.lr, train.lr * train.head_lr_factor
-        encoder = dict(net.backbone.named_parameters())
-        norms = [p for name, p in encoder.items() if "norm" in name]
-        others = [p for name, p in encoder.items() if "norm" not in name]
+        others, norms = norms_apart(net.backbone)
         classifiers = [*net.classifier.parameters(), *net.aux_classifier.parameters()]
         return [
             {"name": "encoder", "params": others, "lr": lr},
@@ -133,9 +129,7 @@ class MoRe(Method):
     def compile(self, **options) -> None:
         """torch.compile of the backbone in training, where nearly all the time goes: a graph for the training forward
         and one for each scale of the CAM pass, whatever else is computed between steps."""
-        config, graphs = torch._dynamo.config, 2 + len(self.config.pseudo_labels.cam_scales)
-        config.recompile_limit = max(config.recompile_limit, graphs)
-        self.network.backbone.compile(dynamic=False, **options)
+        compile_backbone(self.network.backbone, 2 + len(self.config.pseudo_labels.cam_scales), **options)
 
     def from_official(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of this module made from a released MoRe weight file, strictly."""
