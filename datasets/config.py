@@ -25,11 +25,11 @@ class Data(Section):
     val_split: FilePath | None = key("val", "paper: 1,449 images; null: train without validation")
     image_labels: FilePath | None = key(None, "ours: file or folder, or masks; null: the data set's own")
     classes: tuple[Text, ...] | None = key(None, "ours: names without background; null: the data set's own")
-    augmentation: Literal["resized_crop", "scale_and_pad", "scale_flip_crop"] = key(
-        "resized_crop", "code of MoRe on VOC; scale_and_pad: on COCO; scale_flip_crop: code of AFA"
+    augmentation: Literal["resized_crop", "scale_and_pad", "scale_flip_crop", "long_side_crop"] = key(
+        "resized_crop", "code of MoRe on VOC; scale_and_pad: on COCO; scale_flip_crop: of AFA; long_side_crop: of ACR"
     )
     crop_size: Count = key(448, "paper")
-    resize_range: tuple[Positive, Positive] = key((0.32, 1.0), "code")
+    resize_range: tuple[Positive, Positive] = key((0.32, 1.0), "code; long_side_crop: long side in crops")
     workers: Index | None = key(None, "ours: of each process; null: its share of the cores, 1 to train on a CPU")
     shapes: Shapes = Shapes()
 

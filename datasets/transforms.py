@@ -1,4 +1,4 @@
-"""Training augmentations (MoRe and AFA, released code): image -> normalised crop and the mask of its real pixels.
+"""Training augmentations (MoRe, AFA and ACR, released code): image -> normalised crop and the mask of its real pixels.
 
 Every random number comes from torch's default generator, which `seeded` sets for one sample and restores after.
 """
@@ -6,6 +6,7 @@ Every random number comes from torch's default generator, which `seeded` sets fo
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -51,7 +52,9 @@ class ResizedCrop:
 
 
 class ScaleFlipCrop:
-    """Resize by a uniform factor (bilinear), flip, pad and crop at random places."""
+    """Resize by a uniform factor (bilinear), flip, pad with black and crop at random places."""
+
+    padding = BLACK
 
     def __init__(self, crop_size: int, resize_range: tuple[float, float]):
         self.crop_size, self.resize_range = crop_size, resize_range
@@ -59,19 +62,19 @@ class ScaleFlipCrop:
         self.flip = transforms.RandomHorizontalFlip()
 
     def __call__(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """RGB uint8 (H, W, 3) -> normalised float32 (3, S, S), valid bool (S, S).
+        """RGB uint8 (H, W, 3) -> normalised float32 (3, S, S), valid bool (S, S), False in the padding."""
+        return self._pad_or_crop(self.flip(normalize(self._resized(image))))
 
-        Padding is black, as released, and False in valid.
-        """
+    def _resized(self, image: np.ndarray) -> np.ndarray:
+        """RGB uint8 (H, W, 3) -> RGB 0..255 (h, w, 3)."""
         picture = self.jitter(Image.fromarray(image))
         factor = torch.empty(()).uniform_(*self.resize_range).item()
         size = [max(1, int(side * factor)) for side in image.shape[:2]]
-        picture = self.flip(F.resize(picture, size, InterpolationMode.BILINEAR))
-        return self._pad_or_crop(normalize(np.asarray(picture)))
+        return np.asarray(F.resize(picture, size, InterpolationMode.BILINEAR))
 
     def _pad_or_crop(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(3, h, w) -> (3, S, S) and valid (S, S): a random window of a long side, a random place of a short one."""
-        crop = BLACK.expand(3, self.crop_size, self.crop_size).clone()
+        crop = self.padding.expand(3, self.crop_size, self.crop_size).clone()
         valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
         source, target = zip(*(self._window(side) for side in image.shape[1:]), strict=True)
         crop[:, target[0], target[1]] = image[:, source[0], source[1]]
@@ -94,8 +97,26 @@ class ScaleAndPad(ScaleFlipCrop):
         self.jitter = transforms.RandomApply([transforms.ColorJitter(**JITTER)], p=0.8)
 
 
-# as released: MoRe's on VOC, on COCO, AFA's
-AUGMENTATIONS = {"resized_crop": ResizedCrop, "scale_and_pad": ScaleAndPad, "scale_flip_crop": ScaleFlipCrop}
+class LongSideCrop(ScaleFlipCrop):
+    """Resize of the long side to a random whole number of pixels (bilinear), flip, pad with the mean colour and crop.
+
+    resize_range: of that number in crop sizes; both ends are cut to whole numbers, and may be drawn.
+    """
+
+    padding = torch.zeros(3, 1, 1)
+
+    def _resized(self, image: np.ndarray) -> np.ndarray:
+        low, high = (int(factor * self.crop_size) for factor in self.resize_range)
+        long_side, size = max(1, int(torch.randint(low, high + 1, ()))), image.shape[1::-1]
+        size = [max(1, round(side * long_side / max(size))) for side in size]
+        return cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)   # values are not rounded
+
+
+# as released: MoRe's on VOC, on COCO, AFA's, ACR's
+AUGMENTATIONS = {
+    "resized_crop": ResizedCrop, "scale_and_pad": ScaleAndPad, "scale_flip_crop": ScaleFlipCrop,
+    "long_side_crop": LongSideCrop,
+}
 
 
 def build_augmentation(data: Data) -> Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]:

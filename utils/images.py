@@ -94,7 +94,7 @@ def check_same_size(
 
 
 def normalize(image: np.ndarray) -> torch.Tensor:
-    """RGB uint8 (H, W, 3) -> float32 (3, H, W), (u8 / 255 - MEAN) / STD."""
+    """RGB 0..255 (H, W, 3), uint8 or float32 -> float32 (3, H, W), (x / 255 - MEAN) / STD."""
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
     return tensor.sub_(_column(MEAN, tensor)).div_(_column(STD, tensor)).contiguous()
 

@@ -13,6 +13,8 @@ from datasets.transforms import build_augmentation, seeded
 from utils.batch import boxes_of
 from utils.images import MEAN, STD, normalize
 
+NAMES = ["resized_crop", "scale_and_pad", "scale_flip_crop", "long_side_crop"]
+
 
 def augmentation(name, crop_size=64, resize_range=(0.32, 1.0)):
     return build_augmentation(Data(augmentation=name, crop_size=crop_size, resize_range=resize_range))
@@ -22,7 +24,7 @@ def picture(height, width):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", ["resized_crop", "scale_and_pad", "scale_flip_crop"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(50, 70), (64, 64), (200, 90), (1, 1), (300, 20)])
 def test_sizes_and_types(name, size):
     for seed in range(8):
@@ -33,7 +35,7 @@ def test_sizes_and_types(name, size):
         assert valid.any() and (name != "resized_crop" or valid.all())
 
 
-@pytest.mark.parametrize("name", ["resized_crop", "scale_and_pad", "scale_flip_crop"])
+@pytest.mark.parametrize("name", NAMES)
 def test_draws_come_from_the_seed(name):
     transform, image = augmentation(name), picture(90, 120)
     crops = []
@@ -105,6 +107,29 @@ def test_the_same_seed_gives_the_same_crop_for_ever(name, range_, size):
         with seeded(seed):
             ours, valid = transform(np.asarray(image))
         assert torch.equal(ours, normalize(crop)) and np.array_equal(valid, there)
+
+
+@pytest.mark.parametrize("size", [(33, 100), (70, 41), (25, 25), (1, 60)])
+def test_the_long_side_is_a_random_share_of_the_crop(size):
+    """Of a crop of 23: 20.7 to 26.3, so 20 to 26. Not rounded to grey values, mirrored, padded with the mean colour."""
+    image, transform = picture(*size), augmentation("long_side_crop", 23, (0.9, 1 / 0.875))
+    exact, long_sides = normalize(image).double(), set()
+    for seed in range(60):
+        with seeded(seed):
+            long_sides.add(long_side := int(torch.randint(20, 27, ())))
+            height, width = (max(1, round(side * long_side / max(size))) for side in size)
+            slow = torch.nn.functional.interpolate(exact[None], (height, width), mode="bilinear")[0]
+            slow = slow.flip(2) if torch.rand(1) < 0.5 else slow
+            y, x = (int(torch.randint(abs(side - 23) + 1, ())) for side in (height, width))
+        crop, there = torch.zeros(3, 23, 23), torch.zeros(23, 23, dtype=bool)
+        for i, j in np.ndindex(min(height, 23), min(width, 23)):
+            target = i + y * (height <= 23), j + x * (width <= 23)
+            crop[(..., *target)], there[target] = slow[:, i + y * (height > 23), j + x * (width > 23)], True
+        with seeded(seed):
+            ours, valid = transform(image)
+        torch.testing.assert_close(ours, crop, rtol=0, atol=1e-5)
+        assert torch.equal(valid, there)
+    assert long_sides == {*range(20, 27)}
 
 
 def test_boxes():
