@@ -60,7 +60,7 @@ def bilateral_rivals(images: Tensor, channels: int, device: str) -> Rivals:
 
 
 def crf_rivals(images: Tensor, channels: int, device: str) -> Rivals:
-    parameters = load_config().crf.model_dump(exclude={"backend"})
+    parameters = load_config().crf.model_dump(exclude={"backend", "background_power"})
     height, width = images.shape[2:]
     coarse = torch.randn(len(images), channels, -(-height // 16) + 1, -(-width // 16) + 1)
     logits = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)

@@ -116,6 +116,11 @@ class Crf(Section):
     bi_xy_std: Positive = key(67.0, "code of MoRe on VOC")
     bi_rgb_std: Positive = key(3.0, "code of MoRe on VOC")
     bi_w: NotNegative = key(4.0, "code of MoRe on VOC")
+    background_power: Positive = key(1.0, "code of ACR, MoRe's: 1; without background of its own (1 - map) ** power")
+
+    def settings(self) -> dict:
+        """Those of `dense_crf`."""
+        return self.model_dump(exclude={"background_power"})
 
 
 class RunConfig(Section):

@@ -237,7 +237,7 @@ def evaluate_command(folder: Path, rows: list[dict], config: dict[str, Any]) -> 
     known = rows[0].get("checkpoint") if rows else None
     own = folder / "checkpoints" / Path(str(known or "best.weights.safetensors")).name
     checkpoint = known if known and not own.is_file() else own
-    settings = _settings(rows)
+    settings, config = _settings(rows), {"crf.background_power": 1.0, **config}   # early configs lack it
     precision = config.get("evaluate.precision") or config.get("train.precision")
     if precision in ("auto", settings.get("evaluate.precision")):
         settings.pop("evaluate.precision", None)
@@ -262,6 +262,8 @@ def _settings(rows: list[dict]) -> dict[str, Any]:
     method, scales = method_of(rows[0]), {str(row["map"]): row.get("scales") or [1.0] for row in rows}
     settings |= {"evaluate.maps": list(scales), "evaluate.crf": any(row.get("crf") for row in rows)}
     multi = [kind for kind, declared in kinds_of(method).items() if kind in scales and not declared.background]
+    if any(row.get("crf") and row["map"] in multi for row in rows):
+        settings["crf.background_power"] = first.get("background_power", 1.0)
     if not all(len(scales[kind]) > 1 for kind in multi):
         multi = []
     settings["evaluate.multi_scale"] = bool(multi)

@@ -46,8 +46,10 @@ def settings_of(row: Row, plan: Plan, facts: dict) -> dict:
         "input": plan.base_size,
         "precision": plan.precision,
     }
-    size = {"long_side": plan.long_side} if plan.long_side else {}
-    return {"map": kind, **facts, **how, **more, **size}
+    rare = {"long_side": plan.long_side} if plan.long_side else {}
+    if crf and not declared.background and plan.background_power != 1:
+        rare["background_power"] = plan.background_power
+    return {"map": kind, **facts, **how, **more, **rare}
 
 
 def title(row: dict) -> str:
@@ -113,9 +115,10 @@ def _append(path: Path, rows: list[dict]) -> None:
 
 def _details(row: dict, method: str) -> list[str]:
     """The entries that rows of early evaluations do not have."""
-    source, bkg = row.get("predicted_from"), row.get("background")
+    source, bkg, power = row.get("predicted_from"), row.get("background"), row.get("background_power")
     parts = [f"predicted by the {title_of(method, source)}"] if source else []
     parts += [f"background {bkg:g}"] if bkg is not None else []
+    parts += [f"background power {power:g}"] if power is not None else []
     side, long_side = row.get("input"), row.get("long_side")
     size = f"input {side}x{side}" if side else f"long side {long_side}" if long_side else "native size"
     parts += [size] if "input" in row else []

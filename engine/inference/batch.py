@@ -159,8 +159,8 @@ def _crf_label_maps(maps: dict[str, Tensor], present: Tensor, pictures: np.ndarr
     for kind, declared in plan.kinds.items():
         refined = []
         for values, own, picture in zip(maps[kind], present, pictures, strict=True):
-            scores, ids = _all_scores(values) if declared.background else _present_scores(values, own)
-            refined.append(crf_labels(scores, ids, picture, plan.crf))
+            of_kind = _all_scores(values) if declared.background else present_scores(values, own, plan.background_power)
+            refined.append(crf_labels(*of_kind, picture, plan.crf))
         made[kind, True] = torch.stack(refined)
     return dict(zip(made, to_host(*made.values()), strict=True))
 
@@ -170,14 +170,14 @@ def _all_scores(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.softmax(0), torch.arange(len(logits))
 
 
-def _present_scores(maps: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """What the CRF starts from: background = 1 - the largest present map, then these maps; and their ids.
+def present_scores(maps: Tensor, present: Tensor, power: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What the CRF starts from: background = (1 - the largest present map) ** power, then these maps; and their ids.
 
-    As released, the scores do not sum to 1.
+    As released, by MoRe with power 1 and by ACR with others, the scores do not sum to 1.
     """
     chosen = present_maps(maps, present)
     largest = chosen.amax(0, keepdim=True) if len(chosen) else torch.zeros_like(maps[:1])
-    return torch.cat([1 - largest, chosen]), present_ids(present)
+    return torch.cat([(1 - largest).clamp(min=0) ** power, chosen]), present_ids(present)
 
 
 def present_ids(present: Tensor) -> Tensor:

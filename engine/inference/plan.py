@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     predicted: None for given image labels, else where they come from: `classifier`, or a kind with background.
     min_pixels: a class of that kind counts from this many pixels of its coarse scores.
     crf: settings of `dense_crf`, None for none; with them every label map is made without and with CRF.
+    background_power: of the background that the CRF of kinds without one starts from; 1 without CRF.
     class_logits: whether the classifier's logits are wanted, whatever image labels come from.
     precision: fp32, bf16, or auto (engine/precision.py).
     """
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     class_logits: bool = False
     precision: str = "fp32"
     long_side: int | None = None
+    background_power: float = 1.0
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """What an image of this size becomes."""
@@ -66,8 +68,9 @@ def evaluation_plan(config: RunConfig) -> Plan:
     wanted = tuple(declared) if c.maps is None else tuple(dict.fromkeys(c.maps))
     predicted = c.predict_from if c.image_labels == "predicted" else None
     maps = {kind: _map_plan(config, kind, declared[kind]) for kind in declared if kind in wanted}
-    crf = config.crf.model_dump() if c.crf else None
+    crf, power = (config.crf.settings(), config.crf.background_power) if c.crf else (None, 1.0)
     how = {"predicted": predicted, "min_pixels": c.min_pixels, "crf": crf, "precision": precision_of(config)}
+    how["background_power"] = power
     return Plan({kind: declared[kind] for kind in wanted}, maps, c.base_size, long_side=c.long_side, **how)
 
 

@@ -146,7 +146,8 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) ->
 
 def _read_settings(path: Path) -> dict | None:
     try:
-        return {"precision": "fp32", **json.loads(path.read_text(encoding="utf-8"))}   # as before that key
+        before = {"precision": "fp32", "background_power": 1.0}   # those keys
+        return before | json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:

@@ -54,7 +54,7 @@ class MaskFormat:
             self.high = default[0] if high is None else high
             self.low = default[1] if low is None else low
             check_thresholds(self.high, self.low)
-        own_crf = config.crf.model_dump() if config.evaluate.crf else None
+        own_crf = config.crf.settings() if config.evaluate.crf else None
         self.crf = {"backend": config.crf.backend, **IRN_CRF} if format == IRN_LABEL else own_crf
 
     def path_of(self, folder: Path, name: str) -> Path:
@@ -100,7 +100,9 @@ def export_masks(
     config, kind = predictor.config, seed_kind(predictor.config)
     masks, split = MaskFormat(config, kind, format, high, low), split or config.data.train_split
     plan = predictor.plan.only(kind)
-    predictor.plan = plan if plan.kinds[kind].background else plan._replace(crf=None)   # the format has its own CRF
+    if not plan.kinds[kind].background:
+        plan = plan._replace(crf=None, background_power=1.0)   # the format has its own CRF
+    predictor.plan = plan
     dataset = predictor.images_of(split)
     if any(sample.mask and sample.mask.parent.resolve() == folder.resolve() for sample in dataset.samples):
         raise UserError(f"{folder}: holds the masks of the data set; give another folder")

@@ -221,20 +221,38 @@ def test_a_batch_too_large_for_the_memory_goes_in_parts(fits, capsys):
     assert capsys.readouterr().err.count("4 images of 6x6 are too many for the GPU's memory: 2 at once") >= 1
 
 
-def test_crf_starts_from_background_and_present_maps():
+@pytest.mark.parametrize("power", [1.0, 2.5])
+def test_crf_starts_from_background_and_present_maps(power):
     item = FakeSet(2)[1]
-    settings = config("evaluate.crf=true", "crf.iterations=3")
+    settings = config("evaluate.crf=true", "crf.iterations=3", f"crf.background_power={power}")
     parameters = settings.crf.model_dump()
+    assert parameters.pop("background_power") == power
     prediction = predict(FakeMethod(), item.image, item.labels, evaluation_plan(settings))
     cam, image = item.image.sigmoid().numpy(), to_uint8(item.image)
     chosen = cam[[0, 2]]
-    refined = dense_crf(image, torch.from_numpy(np.stack([1 - chosen.max(0), *chosen])), **parameters).numpy()
+    start = torch.from_numpy(np.stack([(1 - chosen.max(0)) ** power, *chosen]))
+    refined = dense_crf(image, start, **parameters).numpy()
     np.testing.assert_array_equal(prediction.labels["cam", True], np.array([0, 1, 3])[refined.argmax(0)])
     refined = dense_crf(image, (prediction.maps["seg"]).softmax(0), **parameters).numpy()
     np.testing.assert_array_equal(prediction.labels["seg", True], refined.argmax(0))
     without = FakeSet(4)[3]   # an image without a label
     labels = predict(FakeMethod(), without.image, without.labels, evaluation_plan(settings)).labels
     assert not labels["lam", True].any() and not labels["lam", False].any()
+
+
+@pytest.mark.parametrize("power", [1.0, 2.5])
+def test_a_row_says_the_power_of_its_background(power, tmp_path):
+    """Where it had a part; and the command that makes the rows again gives it, whatever the run's config says."""
+    settings = config("evaluate.crf=true", "crf.iterations=1", f"crf.background_power={power}")
+    rows = evaluate(FakeMethod(), FakeSet(3), settings, ALONE, "weights", tmp_path / "results.json")
+    for row in rows:
+        told = power != 1 and row["crf"] and row["map"] != "seg"
+        assert row.get("background_power") == (power if told else None)
+        assert ("background power 2.5" in title(row)) == told
+    for own in ({}, {"crf.background_power": 1.0}, {"crf.background_power": 2.5}, {"crf.background_power": 3.0}):
+        words = [word for word in evaluate_command(tmp_path, rows, own).split() if word.startswith("crf.")]
+        assert words == [f"crf.background_power={power}"] * (own.get("crf.background_power", 1.0) != power)
+    assert "power" not in evaluate_command(tmp_path, [row for row in rows if row["map"] == "seg"], own)
 
 
 def test_scales_flip_and_squares():
