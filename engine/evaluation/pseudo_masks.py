@@ -31,8 +31,11 @@ def mask_summary(exported: Exported) -> str | None:
     facts = {"method": config.method, "dataset": data_name(config.data), "split": exported.split, "images": images}
     row = settings_of((masks.kind, masks.crf is not None), plan, facts)
     heading = title({**row, "background": masks.bkg if masks.format == DICTIONARY else None})
-    if masks.high is not None:
-        heading += f", high {masks.high:g}, low {masks.low:g}, {_unsure(matrix, left_out)}"
+    if masks.alphas:
+        heading += ", alphas " + " and ".join(f"{alpha:g}" for alpha in dict.fromkeys(masks.alphas))
+    heading += f", high {masks.high:g}, low {masks.low:g}" if masks.high is not None else ""
+    if masks.alphas or masks.high is not None:
+        heading += f", {_unsure(matrix, left_out)}"
     return summary_line(Scores(matrix), heading)
 
 

@@ -1,7 +1,9 @@
 """Pseudo masks for the second stage: ids with 255 where unsure, and the dictionaries of irn (Ahn et al., CVPR 2019)."""
 
 import io
+import math
 import pickle
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from datasets import EvalItem, ImageSet
 from engine.config import RunConfig
-from engine.inference.batch import Prediction, on_host, present_ids, threshold
+from engine.inference.batch import Prediction, crf_labels, on_host, present_ids, present_scores, threshold
 from engine.inference.plan import Plan, seed_kind
 from engine.inference.prediction_folder import Predictor, Written
 from model import METHODS
@@ -35,12 +37,16 @@ class MaskFormat:
     """How the maps of a kind become a file.
 
     format: one of FORMATS. kind: of the map. high, low: thresholds of PNGs, None for those that an argmax decides and
-    for dictionaries. crf: settings of `dense_crf`, None for none. bkg: the threshold at which a dictionary is scored.
+    for dictionaries. alphas: as `ids_of_alphas` takes them, in place of thresholds; None for none. crf: settings of
+    `dense_crf`, None for none. bkg: the threshold at which a dictionary is scored.
     """
 
     def __init__(self, config: RunConfig, kind: str, format: str = PNG, high: float | None = None,
-                 low: float | None = None) -> None:
-        """high, low: None for the method's, `Method.sure_above`, or irn's. Raises UserError for what does not fit."""
+                 low: float | None = None, alphas: Sequence[float] | None = None) -> None:
+        """high, low: None for the method's, `Method.sure_above`, or irn's. alphas: one, or low and high.
+
+        Raises UserError for what does not fit.
+        """
         self.format, self.kind, self.bkg = format, kind, config.evaluate.bkg
         self.ending = "npy" if format == DICTIONARY else "png"
         method, given = METHODS[config.method], (high, low) != (None, None)
@@ -48,13 +54,17 @@ class MaskFormat:
             raise UserError(f"map {kind} has a background of its own: format png alone, without high and low")
         if format == DICTIONARY and (config.evaluate.crf or given):
             raise UserError("format npy holds the maps themselves: high, low and evaluate.crf have no part in it")
+        if alphas is not None and (format != PNG or given or method.kinds[kind].background):
+            what = f"format {PNG}, without high and low, and maps without a background of their own"
+            raise UserError(f"alphas are for {what}; the map is {kind}, the format {format}")
         self.high = self.low = None
-        if format != DICTIONARY and not method.kinds[kind].background:
+        self.alphas = None if alphas is None else checked_alphas(alphas)
+        if format != DICTIONARY and alphas is None and not method.kinds[kind].background:
             default = (IRN_HIGH, IRN_LOW) if format == IRN_LABEL else method.sure_above(config)
             self.high = default[0] if high is None else high
             self.low = default[1] if low is None else low
             check_thresholds(self.high, self.low)
-        own_crf = config.crf.settings() if config.evaluate.crf else None
+        own_crf = config.crf.settings() if config.evaluate.crf or alphas else None
         self.crf = {"backend": config.crf.backend, **IRN_CRF} if format == IRN_LABEL else own_crf
 
     def path_of(self, folder: Path, name: str) -> Path:
@@ -64,11 +74,11 @@ class MaskFormat:
         """What `write` gets of them: ids uint8 (H, W), or for a dictionary the prediction of `on_host`."""
         if self.format == DICTIONARY:
             return on_host(predictions, plan)
-        if self.high is None:
+        if self.high is self.alphas is None:
             return [prediction.labels[self.kind, self.crf is not None] for prediction in predictions]
-        rule = self.high, self.low, self.crf
+        rule, how = (ids_of_alphas, self.alphas) if self.alphas else (confident_ids, (self.high, self.low))
         pairs = zip(items, predictions, strict=True)
-        return [confident_ids(one.maps[self.kind], one.present, to_uint8(item.image), *rule) for item, one in pairs]
+        return [rule(one.maps[self.kind], one.present, to_uint8(item.image), *how, self.crf) for item, one in pairs]
 
     def write(self, folder: Path, item: EvalItem, taken: np.ndarray | Prediction) -> None:
         path = self.path_of(folder, item.name)
@@ -91,14 +101,14 @@ class Exported(NamedTuple):
 
 def export_masks(
     predictor: Predictor, folder: Path, split: str | None = None, format: str = PNG, high: float | None = None,
-    low: float | None = None, overwrite: bool = False,
+    low: float | None = None, overwrite: bool = False, alphas: Sequence[float] | None = None,
 ) -> Exported:
     """Writes the pseudo masks of a split, None for data.train_split, from one kind of map.
 
     The rest as `MaskFormat` takes it. Raises UserError, also where the folder is that of the data's own masks.
     """
     config, kind = predictor.config, seed_kind(predictor.config)
-    masks, split = MaskFormat(config, kind, format, high, low), split or config.data.train_split
+    masks, split = MaskFormat(config, kind, format, high, low, alphas), split or config.data.train_split
     plan = predictor.plan.only(kind)
     if not plan.kinds[kind].background:
         plan = plan._replace(crf=None, background_power=1.0)   # the format has its own CRF
@@ -129,6 +139,18 @@ def confident_ids(
         ids = [_refined(one, present, image, crf) for one in ids]
     sure, possible = ids
     return torch.where(sure > 0, sure, torch.where(possible == 0, 0, IGNORE)).byte().cpu().numpy()
+
+
+def ids_of_alphas(maps: Tensor, present: Tensor, image: np.ndarray, low: float, high: float, crf: dict) -> np.ndarray:
+    """Ids uint8 (H, W) of the dense CRF that starts from the maps and the background (1 - the largest) ** alpha.
+
+    The less the alpha, the more background. A class where the CRF of `low` says that class, 0 where that of `high` says
+    background, 255 where neither or both is so (AffinityNet's two alphas, Ahn, Kwak, CVPR 2018). With low == high
+    nothing is 255. maps, present, image: as `confident_ids` takes them. crf: settings of `dense_crf`.
+    """
+    of = {alpha: crf_labels(*present_scores(maps, present, alpha), image, crf) for alpha in {low, high}}
+    agree = (of[low] > 0) == (of[high] > 0)
+    return torch.where(agree, of[low], IGNORE).byte().cpu().numpy()
 
 
 def save_irn(path: Path, maps: Tensor, present: Tensor) -> None:
@@ -183,6 +205,14 @@ def check_thresholds(high: float, low: float) -> None:
     """Raises UserError unless 0 <= low <= high <= 1."""
     if not 0 <= low <= high <= 1:
         raise UserError(f"high = {high}, low = {low}: expected 0 <= low <= high <= 1")
+
+
+def checked_alphas(alphas: Sequence[float]) -> tuple[float, float]:
+    """Low and high of one alpha or two. Raises UserError unless 0 < low <= high."""
+    if len(alphas) > 2 or not 0 < alphas[0] <= alphas[-1] < math.inf:
+        given = " ".join(f"{alpha:g}" for alpha in alphas)
+        raise UserError(f"alphas {given}: expected one above 0, or LOW and HIGH with LOW <= HIGH")
+    return alphas[0], alphas[-1]
 
 
 def _refined(ids: Tensor, present: Tensor, image: np.ndarray, crf: dict) -> Tensor:

@@ -16,10 +16,11 @@ from engine.checkpoints.opening import open_checkpoint
 from engine.config import load_config
 from engine.inference.batch import predict
 from engine.inference.plan import evaluation_plan
-from engine.inference.pseudo_masks import IRN_HIGH, IRN_LOW, MaskFormat, confident_ids, irn_ids, save_irn
+from engine.inference.pseudo_masks import IRN_HIGH, IRN_LOW, MaskFormat, confident_ids, ids_of_alphas, irn_ids, save_irn
 from tests import tiny
 from tests.conftest import TINY_CLASSES
 from tools import export_masks as tool
+from utils.crf import dense_crf
 from utils.errors import UserError
 from utils.images import normalize, read_rgb
 
@@ -130,7 +131,7 @@ def test_goes_on_and_needs_no_masks(checkpoint, tiny_voc, tmp_path, capsys):
         tool.main([*arguments, "--split", "val", "--map", "cam", "model.token_ratio=0.3"])
     # as an earlier version wrote it
     note = json.loads((out / "settings.json").read_text())
-    del note["precision"], note["background_power"]
+    del note["precision"], note["background_power"], note["alphas"]
     (out / "settings.json").write_text(json.dumps(note))
     tool.main([*arguments, "--split", "val", "--map", "cam"])
     labels = tiny_voc / "labels.json"
@@ -151,6 +152,60 @@ def test_a_map_with_background_gives_the_ids_of_its_argmax(checkpoint, tiny_voc,
         np.testing.assert_array_equal(np.array(Image.open(out / f"{name}.png")), alone.labels["seg", crf])
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mIoU")]
     assert "segmentation: voc val, 4 images" in line and "no image labels used" in line and "unsure" not in line
+
+
+def by_alphas(maps, present, image, low, high, crf) -> np.ndarray:
+    """The rule, pixel by pixel."""
+    keys = present.nonzero().flatten().tolist()
+    chosen = maps.numpy()[keys]
+    says = []
+    for alpha in (low, high):
+        start = torch.from_numpy(np.stack([(1 - chosen.max(0)) ** np.float32(alpha), *chosen]))
+        says.append(dense_crf(image, start, **crf).argmax(0).numpy())
+    ids = np.full(image.shape[:2], 255, np.uint8)
+    for y, x in np.ndindex(ids.shape):
+        is_class, is_background = says[0][y, x] > 0, says[1][y, x] == 0
+        if is_class != is_background:
+            ids[y, x] = keys[says[0][y, x] - 1] + 1 if is_class else 0
+    return ids
+
+
+def test_the_rule_of_alphas():
+    """Between LOW and HIGH neither says anything; with the two exchanged both do."""
+    torch.manual_seed(0)
+    maps = torch.nn.functional.interpolate(torch.rand(1, 5, 4, 5), (40, 50), mode="bilinear")[0]
+    image = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+    present, crf = torch.tensor([True, False, True, True, False]), load_config(None).crf.settings()
+    for low, high, unsure in ((0.5, 3.0, True), (3.0, 0.5, True), (1.2, 1.2, False)):
+        ids = ids_of_alphas(maps, present, image, low, high, crf)
+        np.testing.assert_array_equal(ids, by_alphas(maps, present, image, low, high, crf))
+        assert len({0, 1, 3, 4} & {*ids.flat}) >= 3 and (255 in ids) == unsure
+    assert not ids_of_alphas(maps, present & False, image, 1, 12, crf).any()
+
+
+def test_masks_of_alphas(checkpoint, tiny_voc, tmp_path, capsys, one_thread):
+    """What is there goes on with the same alphas alone; crf.background_power has no part in it."""
+    labels, crf = labels_of(tiny_voc), ["crf.iterations=2", "crf.background_power=7"]
+    where = [f"data.root={tiny_voc}", "--split", "val", "--map", "lam", "--device", "cpu", "data.workers=0", *crf]
+    opened = open_checkpoint(str(checkpoint), ["evaluate.maps=[lam]", *crf])
+    for given, low, high, more in ((["0.5", "4"], 0.5, 4.0, []), (["4"], 4.0, 4.0, ["--crf"])):
+        out = tmp_path / "_".join(given)
+        arguments = [str(checkpoint), "--output", str(out), *where, *more, "--alphas"]
+        tool.main([*arguments, *given])
+        said = f", CRF, .*, alphas {' and '.join(given)}, .* % of the pixels unsure"
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mIoU")]
+        assert re.search(said, line) and "power" not in line
+        for name in (f"tiny_{index:03d}" for index in range(8, 12)):
+            image, given_labels = read_rgb(tiny_voc / "JPEGImages" / f"{name}.jpg"), torch.zeros(len(CLASSES))
+            given_labels[[index - 1 for index in labels[name]]] = 1
+            alone = predict(opened.method, normalize(image), given_labels, evaluation_plan(opened.config))
+            rule = alone.maps["lam"], alone.present, image, low, high, opened.config.crf.settings()
+            np.testing.assert_array_equal(np.array(Image.open(out / f"{name}.png")), by_alphas(*rule))
+        tool.main([*arguments, *given])
+        assert "0 written" in capsys.readouterr().out
+        for other in ([*arguments, "1", "4"], arguments[:-1]):
+            with pytest.raises(UserError, match=r"made with .* = .*; give another folder, or --overwrite"):
+                tool.main(other)
 
 
 def test_the_map_and_the_thresholds_are_the_methods(checkpoint, tiny_voc, tmp_path, capsys):
@@ -237,6 +292,14 @@ def test_an_image_without_a_class(tmp_path):
         (["--map", "seg", "--low", "0.5"], "seg has a background of its own: format png alone, without high and low"),
         (["--map", "seg", "--format", "npy"], "seg has a background of its own"),
         (["--map", "seg", "--format", "irn-label"], "seg has a background of its own"),
+        (["--alphas", "12", "1"], r"alphas 12 1: expected one above 0, or LOW and HIGH with LOW <= HIGH"),
+        (["--alphas", "0"], "alphas 0: expected"),
+        (["--alphas", "1", "2", "3"], "alphas 1 2 3: expected"),
+        (["--alphas", "nan"], "alphas nan: expected"),
+        (["--alphas", "1", "12", "--map", "seg"], "alphas are for .* the map is seg, the format png"),
+        (["--alphas", "1", "12", "--low", "0.2"], "alphas are for format png, without high and low"),
+        (["--alphas", "1", "--format", "npy"], "alphas are for .* the map is lam, the format npy"),
+        (["--alphas", "1", "--format", "irn-label"], "alphas are for .* the map is lam, the format irn-label"),
         (["--map", "sag"], r"evaluate\.maps = \[sag\] .*: expected a list of one or more of cam, lam"),
         (["spilt=val"], "unknown key 'spilt'"),
         (["--split", "test"], "split 'test' not found"),
