@@ -28,7 +28,7 @@ def validate(method: Method, dataset: Dataset, config: RunConfig, ranks: Ranks) 
 
     dataset: with `classes`; its first train.validate_images images are used. Raises UserError where they show no class.
     """
-    images, classes = _first(dataset, config.train.validate_images), len(dataset.classes)
+    images, classes = first_images(dataset, config.train.validate_images), len(dataset.classes)
     workers = loader_workers(config, ranks)
     matrices = score(method, images, classes, validation_plan(config), ranks, workers, config.evaluate.images_at_once)
     scores = {kind: scores_of(matrix, config.data.val_split) for (kind, _), matrix in matrices.items()}
@@ -52,7 +52,7 @@ def evaluate(
     """
     plan, started = evaluation_plan(config).on(ranks.device), time.perf_counter()
     iteration = files.read_meta(weights).get("iteration") if Path(weights).is_file() else None   # of what was loaded
-    images, classes = _first(dataset, config.evaluate.images), len(dataset.classes)
+    images, classes = first_images(dataset, config.evaluate.images), len(dataset.classes)
     folders = config.evaluate.save_labels, config.evaluate.save_overlays
     use_tf32(config.train.tf32)
     workers = loader_workers(config, ranks)
@@ -102,11 +102,9 @@ def score(
     image_scores: gets every image of this process.
     """
     matrices = {row: np.zeros((num_classes + 1, num_classes + 1), np.int64) for row in plan.rows}
-    share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
-    # a generator of its own: the loader must not draw from the one that training goes on with
-    loader = DataLoader(share, batch_size=None, collate_fn=as_is, num_workers=workers, generator=torch.Generator())
+    loader = share_loader(dataset, ranks, workers)
     # closed on the way out, so that a message of an error starts on a line of its own
-    bar = progress_bar(desc="evaluate", total=len(share), disable=ranks.rank != 0)
+    bar = progress_bar(desc="evaluate", total=len(loader), disable=ranks.rank != 0)
     pictures = save_overlays or image_scores is not None
     take = (lambda _, predictions: on_host(predictions, plan)) if pictures else labels_alone
 
@@ -132,5 +130,13 @@ def score(
     return dict(zip(matrices, total, strict=True))
 
 
-def _first(dataset: Dataset, count: int | None) -> Dataset:
+def share_loader(dataset: Dataset, ranks: Ranks, workers: int) -> DataLoader:
+    """A loader of the images r, r + world, ... of rank r."""
+    share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
+    # a generator of its own: the loader must not draw from the one that training goes on with
+    return DataLoader(share, batch_size=None, collate_fn=as_is, num_workers=workers, generator=torch.Generator())
+
+
+def first_images(dataset: Dataset, count: int | None) -> Dataset:
+    """All images where count is None."""
     return dataset if count is None or count >= len(dataset) else Subset(dataset, range(count))
