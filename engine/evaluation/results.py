@@ -119,6 +119,7 @@ def _details(row: dict, method: str) -> list[str]:
     parts = [f"predicted by the {title_of(method, source)}"] if source else []
     parts += [f"background {bkg:g}"] if bkg is not None else []
     parts += [f"background power {power:g}"] if power is not None else []
+    parts += [f"best of {row['best_of']} backgrounds on this split"] if row.get("best_of") else []
     side, long_side = row.get("input"), row.get("long_side")
     size = f"input {side}x{side}" if side else f"long side {long_side}" if long_side else "native size"
     parts += [size] if "input" in row else []
