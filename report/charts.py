@@ -1,7 +1,7 @@
 """Charts of a report as inline SVG: curves, bars and confusion matrices. Colours come from the page's style sheet."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,8 @@ MOST_POINTS = 1500                          # a longer curve is drawn by the lea
 LEVELS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)   # shares at which a cell of a matrix becomes darker
 LONGEST_NAME = 18                           # letters of a class beside a matrix
 SAME = 1e-4                                 # values that differ by a smaller share of themselves are one value
+COLOURS = ("#0072b2", "#b85c00", "#a2457f", "#00805f", "#846600", "#4b5fc0")   # of kinds of map, as in style.css
+PICTURE = "svg{background:#fff}text{font:11px sans-serif;fill:#5b636d}.grid{stroke:#e2ded5}.line{fill:none}"
 NUMBERED = 25                               # matrices up to this size have room for numbers
 
 
@@ -74,6 +76,22 @@ def curve_chart(
         "svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", class_="curves", role="img", aria_label=described,
         data_chart=key, **frame,
     )
+
+
+def threshold_chart(thresholds: Sequence[float], curves: Mapping[str, Sequence[float]]) -> Markup:
+    """An SVG file of mIoUs (shares) over background thresholds in 0..1, by name; a dot is a curve's first maximum."""
+    ticks = nice_ticks(0.0, max(map(max, curves.values())))
+    to_x, to_y = _scales(1, ticks)
+    parts = [element("style", PICTURE), _grid(ticks, to_y, True), _bottom(1, to_x)]
+    for index, (name, values) in enumerate(curves.items()):
+        colour, best = COLOURS[index % len(COLOURS)], max(range(len(values)), key=values.__getitem__)
+        text, y = f"{name} {100 * values[best]:.2f} at {thresholds[best]:g}", HEIGHT + 4 + 14 * index
+        parts.append(element("path", class_="line", stroke=colour, d=_path(thresholds, values, to_x, to_y)))
+        parts.append(element("circle", cx=to_x(thresholds[best]), cy=to_y(values[best]), r=3, fill=colour))
+        parts.append(element("text", text, x=LEFT + 6, y=y, style=f"fill:{colour}"))
+    parts.append(element("text", "mIoU, per cent, by background threshold", x=LEFT, y=TOP - 9))
+    size = {"width": 2 * WIDTH, "viewBox": f"0 0 {WIDTH} {HEIGHT + 14 * len(curves)}"}
+    return element("svg", *parts, xmlns="http://www.w3.org/2000/svg", **size)
 
 
 def chart_data(curves: Sequence[Curve], percent: bool = False) -> dict:

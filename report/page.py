@@ -117,8 +117,8 @@ class Page:
                 "mistakes": mistakes(matrix, names)}
 
     def shown_images(self, run: Run, evaluation: Evaluation) -> dict | None:
-        """The best and worst images with their panels as data URIs."""
-        if not evaluation.images:
+        """The best and worst images with their panels as data URIs; None where no image has scores, as of a sweep."""
+        if not evaluation.images.get("images"):
             return None
         content = evaluation.images
         groups = [

@@ -237,13 +237,17 @@ def evaluate_command(folder: Path, rows: list[dict], config: dict[str, Any]) -> 
     known = rows[0].get("checkpoint") if rows else None
     own = folder / "checkpoints" / Path(str(known or "best.weights.safetensors")).name
     checkpoint = known if known and not own.is_file() else own
-    settings, config = _settings(rows), {"crf.background_power": 1.0, **config}   # early configs lack it
+    settings, tool = _settings(rows), "bash run_evaluate_voc.sh cpu 1"
+    config = {"crf.background_power": 1.0, **config}   # early configs lack it
+    if rows and rows[0].get("best_of"):
+        del settings["evaluate.bkg"]
+        tool = "python tools/sweep.py --write"
     precision = config.get("evaluate.precision") or config.get("train.precision")
     if precision in ("auto", settings.get("evaluate.precision")):
         settings.pop("evaluate.precision", None)
     changed = {key: value for key, value in settings.items() if config.get(key) != value}
     texts = [f"{key}={json.dumps(value, separators=(',', ':'))}".replace('"', "") for key, value in changed.items()]
-    return public(" ".join(["bash run_evaluate_voc.sh cpu 1", str(checkpoint), *texts]))
+    return public(" ".join([tool, str(checkpoint), *texts]))
 
 
 def _settings(rows: list[dict]) -> dict[str, Any]:
