@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from utils.schema import Count, Index, NotNegative, Positive, Section, Share, key
+from utils.schema import Count, Index, NotNegative, Number, Positive, Section, Share, key
 
 
 class PixelLabelKeys(Section):
@@ -35,3 +35,28 @@ class EnergyKeys(Section):
         """These as arguments of `energy_loss`."""
         names = "weight", "sigma_rgb", "sigma_xy", "scale"
         return {name: getattr(self, f"energy_{name}") for name in names}
+
+
+class AffinityConsistencyWeights(Section):
+    """Of `loss.weights`: ACR's terms, which any method with attention can learn from; 0: they are not computed."""
+
+    consistency_affinity: Number = key(0.0, "ours: off; 125 in ACR")
+
+    @property
+    def consistent(self) -> bool:
+        """Whether the second view is needed."""
+        return any(value for name, value in self if name.startswith("consistency_"))
+
+
+class ConsistencyWeights(AffinityConsistencyWeights):
+    consistency_class: Number = key(0.0, "ours: off; 125 in ACR")
+
+
+class AffinityConsistencyStart(Section):
+    """Of `loss.start_after`."""
+
+    consistency_affinity: int = key(-1, "ours")
+
+
+class ConsistencyStart(AffinityConsistencyStart):
+    consistency_class: int = key(-1, "ours")

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from model.method import ModelSection
-from model.shared_keys import EnergyKeys, PixelLabelKeys
+from model.shared_keys import AffinityConsistencyStart, AffinityConsistencyWeights, EnergyKeys, PixelLabelKeys
 from utils.schema import Count, FilePath, Flag, Index, Number, Scales, Section, Share, Text, key
 
 
@@ -29,8 +29,8 @@ class PseudoLabels(PixelLabelKeys):
     radius: Index = key(8, "code: of the walk and of the affinity loss, in patches; 0: none")
 
 
-class Weights(Section):
-    """The weight of each term once it has started."""
+class Weights(AffinityConsistencyWeights):
+    """The weight of each term once it has started. There is no class token, so no consistency_class."""
 
     cls: Number = key(1.0, "paper")
     seg: Number = key(0.1, "paper")
@@ -38,7 +38,7 @@ class Weights(Section):
     energy: Number = key(0.0, "paper: 0.01; the released code leaves the term out")
 
 
-class StartAfter(Section):
+class StartAfter(AffinityConsistencyStart):
     """A term's weight is 0 while the iteration is <= this; -1: from the first on."""
 
     cls: int = key(-1, "code")

@@ -53,7 +53,8 @@ class AFA(Method):
 
     def losses(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """The terms of the training objective (AFA, equation 9), unweighted fp32 scalars; iteration counts from 0."""
-        out, present = self.network(batch.images), present_first(batch.labels, batch.most_classes)
+        consistency = self.config.loss.weights.consistent
+        out, present = self.network(batch.images, consistency), present_first(batch.labels, batch.most_classes)
         pseudo = self.pseudo_labels(out, present, batch, iteration)
         with torch.autocast(batch.images.device.type, enabled=False):
             seg_logits = resize(out.seg_logits.float(), batch.images.shape[-2:])
@@ -69,6 +70,8 @@ class AFA(Method):
                 terms["energy"] = energy_loss(
                     seg_logits, batch.images, pseudo["pixel"], valid=batch.valid, **c.loss.energy_settings
                 )
+            if consistency:   # of ACR
+                terms["consistency_affinity"] = out.consistency
         return terms
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from model.afa.affinity import Affinity, AffinityHead
 from model.backbones.mit import MiTFeatures, MixTransformer
 from model.decoders.segformer import SegFormerHead
-from model.multi_scale import full_precision
+from model.losses.consistency import mirror_consistency
+from model.multi_scale import full_precision, with_flip
 from utils.errors import UserError
 
 POOLS = {"max": F.adaptive_max_pool2d, "mean": F.adaptive_avg_pool2d}
@@ -23,6 +24,7 @@ class Outputs(NamedTuple):
     seg_logits: Tensor              # (B, K+1, h_1, w_1)
     affinity: Affinity              # of the h*w tokens
     stages: tuple[Tensor, ...]      # maps of the backbone
+    consistency: Tensor | None      # of the attention with the mirrors', where it was asked for
 
 
 class AFANetwork(nn.Module):
@@ -46,12 +48,16 @@ class AFANetwork(nn.Module):
         self.affinity_head = AffinityHead(2 * self.backbone.heads[-1])
         self.decoder = SegFormerHead(channels, decoder_channels, num_classes + 1, dropout)
 
-    def forward(self, images: Tensor) -> Outputs:
-        features = self.features(images, affinity=True)
+    def forward(self, images: Tensor, consistency: bool = False) -> Outputs:
+        """consistency: whether the mirrors of the images go through the backbone, too, and attentions are compared."""
+        features, agreement = self.features(with_flip(images, consistency), affinity=True), None
+        if consistency:
+            features, agreement = _of_images(features, len(images)), _consistency(features)
         seg_logits = self.decoder(features.stages)
         with torch.autocast(images.device.type, enabled=False):
             return Outputs(
-                self.class_logits(features), seg_logits, self.affinity_head(features.attention), features.stages
+                self.class_logits(features), seg_logits, self.affinity_head(features.attention), features.stages,
+                agreement,
             )
 
     def features(self, images: Tensor, affinity: bool = False) -> MiTFeatures:
@@ -69,3 +75,18 @@ class AFANetwork(nn.Module):
         """CAM (B, K, h, w): the classifier on every patch."""
         with torch.autocast(last_stage.device.type, enabled=False):
             return self.classifier(last_stage)
+
+
+def _of_images(views: MiTFeatures, count: int) -> MiTFeatures:
+    attention = tuple(raw._replace(q=raw.q[:count], k=raw.k[:count]) for raw in views.attention)
+    return MiTFeatures(tuple(stage[:count] for stage in views.stages), attention)
+
+
+def _consistency(views: MiTFeatures) -> Tensor:
+    """The patch-to-patch term of ACR, of the blocks that the affinity is made of; the others' keys are not the patches.
+    """
+    terms = []
+    for raw in views.attention:
+        maps = (raw.maps().float() * raw.q.shape[-1] ** -0.5).softmax(-1)
+        terms.append(mirror_consistency(maps, raw.grid)[1])
+    return torch.stack(terms).mean()

@@ -3,7 +3,7 @@
 from pydantic import model_validator
 
 from model.method import ModelSection
-from model.shared_keys import EnergyKeys, PixelLabelKeys
+from model.shared_keys import ConsistencyStart, ConsistencyWeights, EnergyKeys, PixelLabelKeys
 from utils.schema import Count, FilePath, Index, Number, Positive, Scales, Section, Share, Text, key
 
 HighLow = tuple[Share, Share]
@@ -45,7 +45,7 @@ class PseudoLabels(PixelLabelKeys):
     main_cam_after: int = key(10000, "code: then token labels come from the main CAM")
 
 
-class Weights(Section):
+class Weights(ConsistencyWeights):
     """The weight of each term once it has started."""
 
     cls: Number = key(1.0, "code")
@@ -58,7 +58,7 @@ class Weights(Section):
     energy: Number = key(0.05, "code")
 
 
-class StartAfter(Section):
+class StartAfter(ConsistencyStart):
     """A term's weight is 0 while the iteration is <= this; -1: from the first on."""
 
     cls: int = key(-1, "code")

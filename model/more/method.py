@@ -45,6 +45,8 @@ class MoRe(Method):
         m = config.model
         args = m.backbone, dict(m.backbone_args), num_classes, m.registers, m.aux_block
         backbone = MultiClassTokenViT(*args, timm_statistics=m.timm_statistics)
+        if config.loss.weights.consistent:
+            backbone.refuse_hidden_attention("loss.weights.consistency_*")
         self.network = MoReNetwork(backbone, m.token_ratio, m.decoder_channels)
         self.token_order = hashed_order    # which tokens the uncertain loss samples first
 
@@ -54,12 +56,13 @@ class MoRe(Method):
         While no term that learns from pseudo labels has a weight, no CAM is made and those labels are all ignored.
         """
         weights = self.loss_weights(iteration)
-        out, cams = self.network(batch.images), None
+        consistency = self.config.loss.weights.consistent
+        out, cams = self.network(batch.images, consistency), None
         present = present_first(batch.labels, batch.most_classes)
         if any(weights[term] for term in FROM_PSEUDO_LABELS):
             cams = self._training_cams(batch.images, out, present)
         with torch.autocast(batch.images.device.type, enabled=False):
-            out = type(out)(*map(full_precision, out))
+            out = Outputs(*map(full_precision, out[:-1]), out.consistency)
             pseudo = self.pseudo_labels(cams, present, batch, out.patches.shape[-2:], iteration)
             del cams   # large
             seg_logits = resize(out.seg_logits, batch.images.shape[-2:])
@@ -67,7 +70,7 @@ class MoRe(Method):
             samples = sample_uncertain(
                 pseudo["uncertain"], self.token_order, batch.seeds, c.uncertain_tokens, pseudo["valid"]
             )
-            return {
+            terms = {
                 "cls": F.multilabel_soft_margin_loss(out.class_logits, batch.labels),
                 "cls_aux": F.multilabel_soft_margin_loss(out.aux_logits, batch.labels),
                 "token": token_loss(out.class_tokens, c.token_temperature),
@@ -81,6 +84,9 @@ class MoRe(Method):
                     seg_logits, batch.images, pseudo["pixel"], valid=batch.valid, **c.energy_settings
                 ),
             }
+            if consistency:   # of ACR
+                terms["consistency_class"], terms["consistency_affinity"] = out.consistency
+        return terms
 
     @torch.no_grad()
     def pseudo_labels(

@@ -1,6 +1,7 @@
 """The network of MoRe: multi-class-token ViT, two classifiers, GCR and a LargeFOV decoder."""
 
 from collections.abc import Collection
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from model.backbones.vit import MultiClassTokenViT, ViTFeatures
 from model.decoders.largefov import LargeFOV
+from model.losses.consistency import mirror_consistency
 from model.more.gcr import GraphCategoryRepresentation
-from model.multi_scale import full_precision
+from model.multi_scale import full_precision, with_flip
 
 
 class Outputs(NamedTuple):
@@ -22,6 +24,7 @@ class Outputs(NamedTuple):
     class_tokens: Tensor      # (B, K, D), through GCR
     patches: Tensor           # (B, D, h, w)
     aux: Tensor               # (B, D, h, w), the auxiliary map
+    consistency: Tensor | None = None   # (2,), class to patch and patch to patch, where it was asked for
 
 
 class MoReNetwork(nn.Module):
@@ -36,8 +39,9 @@ class MoReNetwork(nn.Module):
         self.gcr = GraphCategoryRepresentation(dim, token_ratio)
         self.decoder = LargeFOV(dim, decoder_channels, classes + 1)
 
-    def forward(self, images: Tensor) -> Outputs:
-        features = self._features(images)
+    def forward(self, images: Tensor, consistency: bool = False) -> Outputs:
+        """consistency: whether the mirrors of the images go through the backbone, too, and attentions are compared."""
+        features = self._features_of_both_views(images) if consistency else self._features(images)
         seg_logits = self.decoder(features.patches)
         with _exact(images):
             return Outputs(
@@ -47,6 +51,7 @@ class MoReNetwork(nn.Module):
                 class_tokens=self._class_tokens(features),
                 patches=features.patches,
                 aux=features.aux,
+                consistency=torch.stack(features.attention).mean(0) if consistency else None,
             )
 
     def classify(self, images: Tensor) -> Tensor:
@@ -80,7 +85,16 @@ class MoReNetwork(nn.Module):
     def _features(self, images: Tensor) -> ViTFeatures:
         # compiled in training alone: evaluation has too many sizes
         backbone = self.backbone if self.training else self.backbone.forward
-        return ViTFeatures(*map(full_precision, backbone(images)))
+        features = backbone(images)
+        return ViTFeatures(*map(full_precision, features[:3]))
+
+    def _features_of_both_views(self, images: Tensor) -> ViTFeatures:
+        """Of the images; `attention` has what `mirror_consistency` says of every block."""
+        views, count = with_flip(images, True), len(images)
+        grid = [side // size for side, size in zip(images.shape[-2:], self.backbone.patch_size, strict=True)]
+        compare = partial(mirror_consistency, grid=grid, class_tokens=self.backbone.class_tokens)
+        *maps, attention = self.backbone(views, compare)
+        return ViTFeatures(*(full_precision(values[:count]) for values in maps), attention)
 
     def _class_tokens(self, features: ViTFeatures) -> Tensor:
         return self.gcr(features.class_tokens, features.patches.flatten(2).transpose(1, 2))
