@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from model.acr.method import ACR
 from model.afa.method import AFA
 from model.method import Method
 from model.more.method import MoRe
 
-METHODS: dict[str, type[Method]] = {"more": MoRe, "afa": AFA}
+METHODS: dict[str, type[Method]] = {"more": MoRe, "afa": AFA, "acr": ACR}
 
 
 def build_method(config: Any, num_classes: int) -> Method:

@@ -13,11 +13,11 @@ from model.method import MapPlan
 PIXELS_AT_ONCE = 1 << 19   # of the images that go through the network together
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners False; (B, C, H, W) -> (B, C, *size)."""
+def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """Bilinear; (B, C, H, W) -> (B, C, *size)."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ def merge_flip(maps: Tensor, flip: bool, merge: Callable[[Tensor, Tensor], Tenso
     return merge(straight, mirrored.flip(-1))
 
 
-def min_max(maps: Tensor) -> Tensor:
-    """Every map of (B, K, H, W) to [0, 1]: minus its minimum, over its range + 1e-5."""
+def min_max(maps: Tensor, eps: float = 1e-5) -> Tensor:
+    """Every map of (B, K, H, W) to [0, 1]: minus its minimum, over its range + eps."""
     maps = maps - maps.amin((-2, -1), keepdim=True)
-    return maps / (maps.amax((-2, -1), keepdim=True) + 1e-5)
+    return maps / (maps.amax((-2, -1), keepdim=True) + eps)
 
 
 class Fusion(NamedTuple):
@@ -50,7 +50,7 @@ class Fusion(NamedTuple):
     flip, scales: merge two maps. each: what is done to the map of every scale, last: to the result. from_base: the
     scales are made from the input of scale 1 and not from the image, and the result has its size. coarse: the maps are
     fused at the size that the network gives the first of them, and inputs are sampled by the scale itself, not by the
-    quotient of the whole sizes.
+    quotient of the whole sizes. align_corners: how maps are enlarged.
     """
 
     flip: Callable[[Tensor, Tensor], Tensor]
@@ -59,6 +59,7 @@ class Fusion(NamedTuple):
     last: Callable[[Tensor], Tensor] = lambda maps: maps
     from_base: bool = False
     coarse: bool = False
+    align_corners: bool = False
 
 
 # CAM as released: the larger of image and flip, what is positive of it, summed over scales, to [0, 1]
@@ -105,7 +106,7 @@ def fused_maps(
             plan, fusion = kinds[kind]
             maps = full_precision(chosen(raw[kind] if plan.flip else raw[kind][: len(images)]))
             if not fusion.coarse:
-                maps = resize(maps, plan.input_size(*own) if fusion.from_base else own)
+                maps = resize(maps, plan.input_size(*own) if fusion.from_base else own, fusion.align_corners)
             elif kind in total:
                 maps = resize(maps, total[kind].shape[-2:])
             maps = fusion.each(merge_flip(maps, plan.flip, fusion.flip))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ("more", "afa")  # the folders of goldens whose method the project has
+METHODS = ("more", "afa", "acr")  # the folders of goldens whose method the project has
 ENDINGS = (".npz", ".safetensors", ".txt")
 
 

@@ -18,7 +18,7 @@ def key_lists(text):
         elif line.strip():
             key, shape, dtype = line.split("\t")
             size = () if shape == "scalar" else tuple(int(side) for side in shape.split("x"))
-            own[key] = torch.zeros(size, dtype=getattr(torch, dtype))
+            own[key] = torch.zeros((), dtype=getattr(torch, dtype)).expand(size)   # takes no memory
     return lists
 
 
