@@ -8,10 +8,10 @@
                 difference: the largest, relative to the largest value
     crf         DenseCRF against pydensecrf, with the default parameters of `crf`, for smooth random maps;
                 difference: share of pixels with another label
-    step        the real trainer's step in its last stage against baselines/plain_step.py, or plain_afa.py: the whole,
-                its phases, operators, utilisation, peak memory (--no-baseline: ours alone)
+    step        the real trainer's step in its last stage against plain_step.py, plain_afa.py or plain_acr.py of
+                baselines/: the whole, its phases, operators, utilisation, peak memory (--no-baseline: ours alone)
     parts       PAR refinement and the two losses of LIR, or AFA's random walk and affinity loss, with their gradients,
-                against the same baselines
+                or ACR's GETAM, consistency and sweep of thresholds, against the same baselines
     evaluate    seconds an image of all maps of an evaluation at seven scales with flip, whose kinds share their
                 forward passes, against baselines/plain_maps.py; difference: share of pixels with another label
     data        images a second of the training data set, with each of --threads workers
@@ -94,8 +94,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--images", type=Path, help="folder of images, resized to the size; default: generated shapes")
     parser.add_argument("--method", choices=training.DEFAULTS, default="more", help="of step, parts and ddp")
-    parser.add_argument("--crop", type=number, help="of the crops; evaluate: of the squares; default 448, afa: 512")
-    parser.add_argument("--backbone", help="step, ddp, evaluate; default vit_base_patch16_224, afa: mit_b1")
+    parser.add_argument("--crop", type=number, help="of the crops; evaluate: of the squares; 448, afa: 512, acr: 384")
+    parser.add_argument("--backbone", help="default vit_base_patch16_224, afa: mit_b1, acr: vit_base_r50_s16_384")
     parser.add_argument("--precision", type=precisions, default="fp32", help="step: fp32, bf16 or fp32,bf16")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="step: ours alone")
     parser.add_argument("--json", type=Path, help="file to write")

@@ -16,13 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.baselines import plain_afa, plain_step
+from benchmarks.baselines import plain_acr, plain_afa, plain_step
 from benchmarks.measure import (
     CLASSES,
     Counter,
@@ -43,12 +44,15 @@ from datasets.sets import TrainSet
 from datasets.transforms import build_augmentation, seeded
 from engine.config import RunConfig, load_config
 from engine.distributed import Ranks, barrier, cleanup, peak_memory, setup, use_tf32
+from engine.evaluation.sweep import COUNT, THRESHOLDS, acr_iou, histogram, matrices_of
 from engine.training.sampler import GlobalBatches
 from engine.training.step import Trainer
 from model import METHODS
+from model.acr.getam import getam
 from model.afa import method as afa_method
 from model.afa.affinity import affinity_loss, random_walk
 from model.afa.method import scores_with_background
+from model.losses.consistency import mirror_consistency
 from model.losses.ratio import local_ratio
 from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
 from model.pseudo_labels import present_first, refined_labels
@@ -59,14 +63,16 @@ from utils.images import read_rgb
 
 ALLOWED_DIFFERENCE = {"fp32": 1e-3, "bf16": 5e-2}   # of a loss term, relative to the total: two formulations in float32
 LATE = 12_000   # an iteration at which every term has a weight; MoRe's token labels come from the main CAM, AFA's walk
-PLAIN = {"more": plain_step.PlainMoRe, "afa": plain_afa.PlainAFA}
-DEFAULTS = {"more": ("vit_base_patch16_224", 448), "afa": ("mit_b1", 512)}   # --backbone and --crop
-NO_DRAWS = {"more": [], "afa": ["model.drop_path=0", "model.dropout=0"]}   # the two formulations draw in other orders
+PLAIN = {"more": plain_step.PlainMoRe, "afa": plain_afa.PlainAFA, "acr": plain_acr.PlainACR}
+# --backbone and --crop
+DEFAULTS = {"more": ("vit_base_patch16_224", 448), "afa": ("mit_b1", 512), "acr": ("vit_base_r50_s16_384", 384)}
+NO_DRAWS = {"afa": ["model.drop_path=0", "model.dropout=0"]}   # the two formulations draw in other orders
 
 
 def step_config(options: argparse.Namespace) -> RunConfig:
     overrides = [f"model.backbone={options.backbone}", "model.weights=random", f"data.crop_size={options.crop}"]
-    return load_config(f"{options.method}_voc", [*overrides, *NO_DRAWS[options.method], *options.settings])
+    overrides.append("train.iterations=20000")   # the method's may be epochs, of images that are not here
+    return load_config(f"{options.method}_voc", [*overrides, *NO_DRAWS.get(options.method, []), *options.settings])
 
 
 def make_trainer(config: RunConfig, plain: bool, ranks: Ranks, classes: int = CLASSES) -> Trainer:
@@ -107,6 +113,8 @@ def phases_of(trainer: Trainer, mark: Callable) -> Iterator[list[tuple[str, obje
         calls["CAM pass"] = method, "_all_cams" if plain else "_training_cams"
         calls["refine"] = method, "_pixel_labels"
         calls["forward"] = (plain_step, "plain_forward") if plain else (method.network, "forward")
+    elif trainer.config.method == "acr":
+        calls["forward"] = method.network, "forward"
     else:
         calls["CAM pass"] = (plain_afa, "plain_cams") if plain else (method, "_training_cams")
         calls["walk"] = (plain_afa, "plain_walk_labels") if plain else (method, "walked_labels")
@@ -286,8 +294,9 @@ def print_step(row: dict) -> None:
 
 def parts(options: argparse.Namespace) -> list[dict]:
     """Parts of a step against their plain formulations, interleaved, with their gradients: PAR refinement and the two
-    losses of LIR, or AFA's random walk and affinity loss."""
-    rows, side, rivals_of = [], options.crop // 16, {"more": part_rivals, "afa": afa_rivals}[options.method]
+    losses of LIR, or AFA's random walk and affinity loss, or ACR's localisation, consistency and sweep."""
+    rows, side = [], options.crop // 16
+    rivals_of = {"more": part_rivals, "afa": afa_rivals, "acr": acr_rivals}[options.method]
     for batch in options.batch or (4,):
         for name, rivals in rivals_of(options, batch, side).items():
             with Counter() as counter:
@@ -396,6 +405,54 @@ def afa_rivals(options: argparse.Namespace, batch: int, side: int) -> dict[str, 
         return plain_afa.plain_affinity_loss(learned.detach().requires_grad_(), targets)[0]
 
     return {"random walk": (walk, walk_plainly), "affinity": (loss, loss_plainly)}
+
+
+def acr_rivals(options: argparse.Namespace, batch: int, side: int) -> dict[str, tuple[Callable, Callable]]:
+    """The same of ACR: GETAM of three classes an image as released, its largest value made 1; the sum of both terms of
+    consistency over 12 blocks of two heads; the IoU at 100 thresholds of maps of three classes an image."""
+    config, device, chosen = step_config(argparse.Namespace(**vars(options), settings=[])), options.device, (0, 7, 14)
+    ranks = Ranks(0, 1, torch.device(device))
+    ours, plain = (make_trainer(config, plain, ranks).method.eval().network for plain in (False, True))
+    images = batch_of(load_images(options.images, batch, options.crop, options.crop), device).images
+    classes = torch.tensor(chosen, device=device).expand(batch, -1)
+    size = 2 * batch, 2, side**2 + 1, side**2 + 1
+    bias = 3 * torch.randn(size[2:], device=device)   # of both views: mirrored back they differ
+    maps = [(torch.randn(size, device=device) + bias).softmax(-1).requires_grad_() for _ in range(12)]
+    cams = F.interpolate(torch.rand(batch, CLASSES, side, side), options.crop, mode="bilinear")
+    truth = torch.randint(CLASSES + 1, (batch, options.crop, options.crop), dtype=torch.uint8)
+    present = torch.zeros(CLASSES, dtype=torch.bool).index_fill(0, torch.tensor(chosen), True)
+
+    def localised() -> Tensor:
+        found = getam(ours, images, classes, "grad", -2, True).maps.flatten(2)
+        return found / found.amax(2, keepdim=True)
+
+    def localised_plainly() -> Tensor:
+        found = [plain_acr.plain_getam(*plain_acr.plain_gradients(plain, image[None], chosen)) for image in images]
+        return torch.stack([one / one.amax(1, keepdim=True) for one in found])
+
+    def consistency() -> Tensor:
+        of_blocks = [mirror_consistency(of_block, (side, side), slice(0, 1)) for of_block in maps]
+        return torch.stack(of_blocks).mean(0).sum()
+
+    def consistency_plainly() -> Tensor:
+        views = (torch.stack([x.mean(1) for x in view], 1) for view in zip(*(x.chunk(2) for x in maps), strict=True))
+        return sum(plain_acr.plain_mirror_terms(*views)[:2])
+
+    def swept() -> Tensor:
+        counts = np.zeros((CLASSES + 1, CLASSES, COUNT + 1), np.int64)
+        for cam, label in zip(cams, truth, strict=True):
+            counts[:, present.numpy()] += histogram(cam, present, label).numpy()
+        return torch.from_numpy(acr_iou(matrices_of(counts)))
+
+    def swept_plainly() -> Tensor:
+        stored = [{number: cam[number] for number in chosen} for cam in cams]
+        return plain_acr.plain_sweep(stored, truth, THRESHOLDS)
+
+    return {
+        "getam": (localised, localised_plainly),
+        "consistency": (consistency, consistency_plainly),
+        "sweep": (swept, swept_plainly),
+    }
 
 
 def _with_gradient(call: Callable[[], Tensor]) -> Callable[[], None]:

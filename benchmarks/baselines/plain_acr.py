@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from model import build_method
 from model.method import Method
 from utils.batch import Batch
+from utils.images import IGNORE
 
 STRIDE = 16   # of the tokens
 # released, without a gradient: the result of the final norm is thrown away, the other layers belong to no head
@@ -110,15 +111,11 @@ def plain_mirror_terms(maps: Tensor, mirrored: Tensor) -> tuple[Tensor, ...]:
     images and their mirrors, and class rows and affinities of the mirror with the flip undone."""
     side = round((maps.shape[-1] - 1) ** 0.5)
     class_row, affinity = mirrored[:, :, :1, 1:].clone(), mirrored[:, :, 1:, 1:].clone()
-    for row in range(side):
-        tokens = slice(row * side, (row + 1) * side)
+    for tokens in (slice(row * side, (row + 1) * side) for row in range(side)):
         class_row[..., tokens] = class_row[..., tokens].flip(-1)
         affinity[..., tokens] = affinity[..., tokens].flip(-1)
-    for row in range(side):
-        tokens = slice(row * side, (row + 1) * side)
         affinity[:, :, tokens] = affinity[:, :, tokens].flip(2)
-    differences = F.l1_loss(maps[:, :, :1, 1:], class_row), F.l1_loss(maps[:, :, 1:, 1:], affinity)
-    return *differences, class_row, affinity
+    return F.l1_loss(maps[:, :, :1, 1:], class_row), F.l1_loss(maps[:, :, 1:, 1:], affinity), class_row, affinity
 
 
 def plain_losses(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], list[Outputs]]:
@@ -140,18 +137,10 @@ def plain_optimizer(parameters: Sequence[nn.Parameter], lr: float, weight_decay:
     return torch.optim.SGD(parameters, lr, momentum=weight_decay, foreach=False, fused=False)
 
 
-class Gradients(NamedTuple):
-    """Of an image: attn (blocks, heads, 1 + n, 1 + n), and by it the gradients of the logits of the classes asked for.
-    patch_aff: (n, n), summed over all blocks."""
-
-    logits: Tensor
-    attn: Tensor
-    patch_aff: Tensor
-    grad: Tensor
-
-
-def plain_gradients(network: PlainNetwork, image: Tensor, classes: Sequence[int]) -> Gradients:
-    """A backward pass through the whole network for each class. image: (1, 3, H, W)."""
+def plain_gradients(network: PlainNetwork, image: Tensor, classes: Sequence[int]) -> tuple[list[Tensor], Tensor, list]:
+    """Of an image (1, 3, H, W): attention (heads, 1 + n, 1 + n) of every block; its mean over heads between patches (n,
+    n), summed over all blocks; for each class the gradients of its logit with respect to the attention, from a backward
+    pass through the whole network."""
     out, attentions, found = network(image), network.attentions, []
     for attention in attentions:
         attention.retain_grad()
@@ -160,25 +149,30 @@ def plain_gradients(network: PlainNetwork, image: Tensor, classes: Sequence[int]
         for attention in attentions:
             attention.grad = None
         out.logits[0, number].backward(retain_graph=True)
-        found.append(torch.cat([attention.grad for attention in attentions]))
-    maps, attn = out.maps.detach(), torch.cat(attentions).detach()
-    return Gradients(out.logits.detach(), attn, maps[0, :, 1:, 1:].sum(0), torch.stack(found))
+        found.append([attention.grad[0] for attention in attentions])
+    return [attention.detach()[0] for attention in attentions], out.maps[0, :, 1:, 1:].sum(0).detach(), found
 
 
-def plain_getam(given: Gradients, function: str = "grad", start_layer: int = 10, refine: bool = True) -> Tensor:
-    """Token maps (classes, n)."""
+def plain_getam(
+    maps: Sequence[Tensor], affinity: Tensor, gradients: Sequence[Sequence[Tensor]], function: str = "grad",
+    start_layer: int = 10, refine: bool = True,
+) -> Tensor:
+    """Token maps (classes, n) from what `plain_gradients` gives."""
     found = []
-    for gradients in given.grad:
-        total = sum(map(partial(plain_relevance, function), given.attn[start_layer:], gradients[start_layer:]))
+    for of_blocks in gradients:
+        total = sum(map(partial(plain_relevance, function), maps[start_layer:], of_blocks[start_layer:]))
         tokens = total[0, 1:].relu()
-        found.append(given.patch_aff @ tokens if refine else tokens)
+        found.append(affinity @ tokens if refine else tokens)
     return torch.stack(found)
 
 
 def plain_relevance(function: str, attention: Tensor, gradient: Tensor) -> Tensor:
     """Of attention and gradient (heads, n, n) of a block -> (n, n)."""
-    positive, weighted = gradient.relu().mean(0), (gradient * attention).relu().mean(0)
-    return {"grad": positive, "grad_s": positive**2, "cam_grad": weighted, "cam_grad_s": weighted * positive}[function]
+    if function.startswith("grad"):
+        positive = gradient.relu().mean(0)
+        return positive**2 if function == "grad_s" else positive
+    weighted = (gradient * attention).relu().mean(0)
+    return weighted * gradient.relu().mean(0) if function == "cam_grad_s" else weighted
 
 
 def plain_localization(
@@ -196,8 +190,7 @@ def plain_localization(
 
 
 def plain_sweep(
-    stored: Sequence[Mapping[int, Tensor]], labels: Sequence[Tensor], thresholds: Sequence[float],
-    num_classes: int = 21, ignore: int = 255,
+    stored: Sequence[Mapping[int, Tensor]], labels: Sequence[Tensor], thresholds: Sequence[float], num_classes: int = 21
 ) -> Tensor:
     """IoU (thresholds, num_classes) of the maps {class from 0: (H, W)} of every image, each threshold standing for the
     background; a class that is nowhere counts 0."""
@@ -209,7 +202,7 @@ def plain_sweep(
             scores[0] = threshold
             for number, values in maps.items():
                 scores[number + 1] = values
-            known = label != ignore
+            known = label != IGNORE
             pairs = label[known].long() * num_classes + scores.argmax(0)[known]
             confusion += pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
         hits, true, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
@@ -222,18 +215,18 @@ class PlainACR(Method):
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        ours = build_method(config, num_classes).network
-        vit, weights, prefix = ours.backbone, ours.state_dict(), "pretrained.model."
-        tokens, table = weights.pop("backbone.tokens"), [weights.pop(f"backbone.{x}_pos") for x in ("token", "patch")]
-        resnet = getattr(vit.patch_embed, "backbone", None)
-        layers = [len(stage.blocks) for stage in resnet.stages] if resnet else ()
-        factor = resnet.stem.conv.out_channels / 64 if resnet else 1.0
+        ours, prefix = build_method(config, num_classes).network, "pretrained.model."
+        vit, resnet = ours.backbone, getattr(ours.backbone.patch_embed, "backbone", None)
+        stages = ([len(stage.blocks) for stage in resnet.stages], resnet.stem.conv.out_channels / 64) if resnet else ()
         sizes = vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads, STRIDE * vit.grid_size[0], num_classes
-        self.network = PlainNetwork(*sizes, layers, factor)
-        names = {"backbone": prefix, "classifier": "cls_head."}
-        released = {names[(parts := name.split(".", 1))[0]] + parts[1]: value for name, value in weights.items()}
-        self.network.load_released(
-            released | {f"{prefix}cls_token": tokens, f"{prefix}pos_embed": torch.cat(table, 1)})
+        self.network = PlainNetwork(*sizes, *stages)
+        released = {
+            name.replace("backbone.", prefix, 1).replace("classifier", "cls_head"): value
+            for name, value in ours.state_dict().items()
+        }
+        released[f"{prefix}cls_token"] = released.pop(f"{prefix}tokens")
+        positions = [released.pop(f"{prefix}{part}_pos") for part in ("token", "patch")]
+        self.network.load_released(released | {f"{prefix}pos_embed": torch.cat(positions, 1)})
 
     def losses(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         return plain_losses(self.network, batch.images, batch.labels)[0]

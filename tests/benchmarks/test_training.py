@@ -70,6 +70,17 @@ def test_afa(tmp_path):
     assert "step: afa, mit_b0, batch 2, 128x128" in output
 
 
+def test_acr(tmp_path):
+    """As for AFA; a hybrid is too large for this."""
+    arguments = ["--method", "acr", "--backbone", "vit_tiny_patch16_224", "--crop", "64", "--batch", "2"]
+    run("step", "parts", *arguments, "--repeats", "1", "--json", tmp_path / "a.json")
+    step, *parts = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert (step["method"], step["host_reads"]) == ("acr", 0) and step["difference"] < 1e-5
+    assert {"forward", "losses", "backward", "optimizer"} == set(step["phases"])
+    assert [part["part"] for part in parts] == ["getam", "consistency", "sweep"]
+    assert all(part["difference"] < 1e-5 for part in parts)
+
+
 def test_evaluate(written):
     output, rows = written
     (row,) = (row for row in rows if row["benchmark"] == "evaluate")
