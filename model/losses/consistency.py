@@ -14,7 +14,8 @@ def mirror_consistency(maps: Tensor, grid: Sequence[int], class_tokens: slice | 
     patches read from other tokens is in neither term. class_tokens: their place; without any the first value is 0.
     """
     count = grid[0] * grid[1]
-    images, mirrors = maps.mean(1).float()[:, :, -count:].unflatten(2, grid).chunk(2)   # (B, N, h, w)
+    mean = maps.sum(1, dtype=torch.float32) / maps.shape[1]   # not mean(1), whose gradient is a tensor for every head
+    images, mirrors = mean[:, :, -count:].unflatten(2, grid).chunk(2)   # (B, N, h, w)
     patches, others = (view[:, -count:].unflatten(1, grid) for view in (images, mirrors))
     of_patches = (patches - others.flip((2, 4))).abs().mean()
     if class_tokens is None:
