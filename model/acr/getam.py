@@ -36,6 +36,7 @@ class Localised(NamedTuple):
     grid: tuple[int, int]
 
 
+@torch.inference_mode(False)   # where a caller is in it, there would be no gradients
 def getam(
     network: ACRNetwork, images: Tensor, classes: Tensor, function: str, start_block: int, affinity: bool,
     patches: bool = False,

@@ -43,5 +43,6 @@ def attention_maps(block: Block, q: Tensor, k: Tensor) -> Tensor:
 
 def behind_attention(block: Block, x: Tensor, attended: Tensor) -> Tensor:
     """The rest of the block, from tokens (B, n, D) and what their queries read, (B, heads, n, d)."""
-    x = x + block.drop_path1(block.ls1(block.attn.proj(attended.transpose(1, 2).flatten(2))))
+    read = block.attn.proj_drop(block.attn.proj(attended.transpose(1, 2).flatten(2)))
+    x = x + block.drop_path1(block.ls1(read))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -161,7 +161,7 @@ class MultiClassTokenViT(TokenViT):
 
 
 def plain_vit(name: str, args: dict, hybrid: bool = False) -> VisionTransformer:
-    """timm's, without classifier. hybrid: whether its patches may come from a ResNet, see model/backbones/hybrid.py.
+    """timm's, without classifier. hybrid: whether its patches may come from a ResNet, see class_token_vit.py.
 
     Raises UserError for any that is not a plain one with one class token and a position table, saying why.
     """
