@@ -83,7 +83,7 @@ class Method(nn.Module):
     Config: the sections of the config that are the method's own, with a `model` that is a ModelSection.
     defaults: of shared keys, nested, where the method's differ. renamed: keys of earlier schemas, see engine/config.py.
     kinds: every kind of map it makes, in the order of tables. best_by: the kind whose validation mIoU picks the best
-    checkpoint.
+    checkpoint. map_keys: by kind the keys of the method's own, `model` aside, that its map is made with.
     ratio(numerator, count, eps): divides sums by counts in losses; the engine puts one here that counts over all
     processes, so every process calls it equally often.
     Integer keys of the config named `*_after`, or in `loss.start_after`, are iterations: the report marks them.
@@ -94,6 +94,7 @@ class Method(nn.Module):
     renamed: ClassVar[Mapping[str, Any]] = {}
     kinds: ClassVar[dict[str, MapKind]]
     best_by: ClassVar[str]
+    map_keys: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(self, config: Any, num_classes: int) -> None:
         """config: the whole config. num_classes: K, without background."""

@@ -268,6 +268,7 @@ def _settings(rows: list[dict]) -> dict[str, Any]:
     multi = [kind for kind, declared in kinds_of(method).items() if kind in scales and not declared.background]
     if any(row.get("crf") and row["map"] in multi for row in rows):
         settings["crf.background_power"] = first.get("background_power", 1.0)
+    settings |= {key: value for row in rows for key, value in row.get("settings", {}).items()}
     if not all(len(scales[kind]) > 1 for kind in multi):
         multi = []
     settings["evaluate.multi_scale"] = bool(multi)

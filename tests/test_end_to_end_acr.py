@@ -13,12 +13,15 @@ from engine.launch import DEVICE
 from engine.checkpoints.hub import HubMethod
 from engine.checkpoints.opening import open_checkpoint
 from engine.config import load_config
+from engine.evaluation.results import title
 from model import build_method
 from model.acr.method import ACR
 from model.acr.official import BACKBONE, UNUSED, official_name
+from report.run import evaluate_command
 from scripts import train_voc
 from tests import tiny
 from tools import export_masks, infer_voc, make_report, predict, release, submit_voc, sweep
+from utils.errors import UserError
 from utils.log import read_metrics
 
 SETTINGS = [
@@ -134,6 +137,19 @@ def test_sweep_prediction_export_and_submission(run, tmp_path, capsys):
     (root / "ImageSets/Segmentation/test.txt").write_text((root / "ImageSets/Segmentation/val.txt").read_text())
     submit_voc.main([weights, "--root", str(root), "--output", str(tmp_path / "a.tgz"), "--map", "getam"])
     assert (tmp_path / "a.tgz").is_file()
+
+
+def test_getam_of_other_settings(run, tmp_path):
+    """Is not taken for what is there already, and its rows and the report's command say so."""
+    root, folder = run
+    weights, other = str(tiny.last_weights(folder)), "getam.function=cam_grad"
+    predict.main(given := [weights, str(root / "JPEGImages"), "--output", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(UserError, match="made with settings = .*getam.function.*cam_grad.*another folder"):
+        predict.main([*given, other])
+    infer_voc.main([weights, f"data.root={root}", other])
+    cam, getam = rows = json.loads((folder / "results.json").read_text())[-2:]
+    assert "settings" not in cam and getam["settings"] == {"getam.function": "cam_grad"}
+    assert other in title(getam) and other in evaluate_command(folder, rows, {})
 
 
 def test_report_and_release(run, tmp_path):

@@ -48,7 +48,8 @@ def evaluate(
     where there is one; input: side of the squares, None for native size; precision: fp32 or bf16; iteration: the
     checkpoint's, None where its file does not say; seconds are those of the whole pass, which makes all rows;
     evaluation: the folder, in evaluation/ beside `results`, with its confusion matrices and the scores of its images.
-    Where they are set also long_side, and background_power of maps without background after the CRF.
+    Where they are set also long_side, background_power of maps without background after the CRF, and `settings`, the
+    method's keys that the map is made with and that are not at their defaults.
     """
     plan, started = evaluation_plan(config).on(ranks.device), time.perf_counter()
     iteration = files.read_meta(weights).get("iteration") if Path(weights).is_file() else None   # of what was loaded

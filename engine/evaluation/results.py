@@ -49,6 +49,7 @@ def settings_of(row: Row, plan: Plan, facts: dict) -> dict:
     rare = {"long_side": plan.long_side} if plan.long_side else {}
     if crf and not declared.background and plan.background_power != 1:
         rare["background_power"] = plan.background_power
+    rare |= {"settings": plan.settings[kind]} if kind in (plan.settings or {}) else {}
     return {"map": kind, **facts, **how, **more, **rare}
 
 
@@ -120,6 +121,7 @@ def _details(row: dict, method: str) -> list[str]:
     parts += [f"background {bkg:g}"] if bkg is not None else []
     parts += [f"background power {power:g}"] if power is not None else []
     parts += [f"best of {row['best_of']} backgrounds on this split"] if row.get("best_of") else []
+    parts += [f"{key}={value}" for key, value in row.get("settings", {}).items()]
     side, long_side = row.get("input"), row.get("long_side")
     size = f"input {side}x{side}" if side else f"long side {long_side}" if long_side else "native size"
     parts += [size] if "input" in row else []

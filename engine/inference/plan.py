@@ -10,6 +10,7 @@ from engine.precision import precision_on
 from model import METHODS
 from model.method import MapKind, MapPlan
 from model.multi_scale import with_scale_1
+from utils.config import flatten
 
 Row = tuple[str, bool]     # the kind of a map, with or without CRF
 
@@ -26,6 +27,7 @@ class Plan(NamedTuple):
     background_power: of the background that the CRF of kinds without one starts from; 1 without CRF.
     class_logits: whether the classifier's logits are wanted, whatever image labels come from.
     precision: fp32, bf16, or auto (engine/precision.py).
+    settings: by kind the `map_keys` of the method that are not at their defaults.
     """
 
     kinds: dict[str, MapKind]
@@ -38,6 +40,7 @@ class Plan(NamedTuple):
     precision: str = "fp32"
     long_side: int | None = None
     background_power: float = 1.0
+    settings: dict[str, dict] | None = None
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """What an image of this size becomes."""
@@ -70,8 +73,15 @@ def evaluation_plan(config: RunConfig) -> Plan:
     maps = {kind: _map_plan(config, kind, declared[kind]) for kind in declared if kind in wanted}
     crf, power = (config.crf.settings(), config.crf.background_power) if c.crf else (None, 1.0)
     how = {"predicted": predicted, "min_pixels": c.min_pixels, "crf": crf, "precision": precision_of(config)}
-    how["background_power"] = power
+    how |= {"background_power": power, "settings": _own_settings(config, wanted)}
     return Plan({kind: declared[kind] for kind in wanted}, maps, c.base_size, long_side=c.long_side, **how)
+
+
+def _own_settings(config: RunConfig, kinds: Sequence[str]) -> dict[str, dict]:
+    method = METHODS[config.method]
+    given, defaults = flatten(config.model_dump()), flatten(method.Config().model_dump())
+    keys = {kind: [key for key in method.map_keys.get(kind, ()) if given[key] != defaults[key]] for kind in kinds}
+    return {kind: {key: given[key] for key in own} for kind, own in keys.items() if own}
 
 
 def validation_plan(config: RunConfig) -> Plan:

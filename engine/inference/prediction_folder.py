@@ -127,7 +127,7 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) ->
     """
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
     if ranks.rank == 0:
-        earlier = None if overwrite else _read_settings(path)
+        earlier = None if overwrite else _read_settings(path, settings)
         if earlier is None and not overwrite and folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder}: holds files that are not of this tool; give another folder, or --overwrite")
         for key in {**settings, **earlier} if earlier is not None else ():
@@ -144,9 +144,9 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) ->
     return lambda file: file.is_file() and file.stat().st_mtime_ns >= since
 
 
-def _read_settings(path: Path) -> dict | None:
+def _read_settings(path: Path, settings: dict) -> dict | None:
     try:
-        before = {"precision": "fp32", "background_power": 1.0}   # those keys
+        before = {"precision": "fp32", "background_power": 1.0, "settings": settings.get("settings")}   # those keys
         return before | json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None

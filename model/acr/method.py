@@ -32,10 +32,11 @@ class ACR(Method):
         "getam": MapKind("GETAM", background=False, uses_labels=True),
     }
     best_by = "getam"
+    map_keys: ClassVar = {"getam": ("getam.function", "getam.start_block", "getam.affinity")}
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        m, depth = config.model, None
+        m = config.model
         backbone = ClassTokenViT(m.backbone, m.backbone_args, m.timm_statistics)
         depth = len(backbone.blocks)
         if not -depth <= config.getam.start_block < depth:

@@ -38,6 +38,7 @@ class AFA(Method):
         "seg": MapKind("segmentation", background=True, uses_labels=False),
     }
     best_by = "seg"
+    map_keys: ClassVar = {"affinity_cam": ("pseudo_labels.low", "pseudo_labels.radius")}
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
