@@ -47,7 +47,10 @@ def getam(
     over all blocks. patches: whether the tokens are wanted, too.
     Only what the class token reads in these blocks is differentiated: the other tokens are constants in the first of
     them, and in the last nobody reads them. One vector-Jacobian product is batched over the M classes.
+    Raises ValueError for a network in training mode.
     """
+    if network.training:
+        raise ValueError("getam: the network must be in evaluation mode")
     vit = network.backbone
     with torch.no_grad():
         x, grid = vit.embed(images)

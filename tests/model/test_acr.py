@@ -180,6 +180,11 @@ def test_getam_is_that_of_full_backwards(function, start):
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+def test_getam_is_of_evaluation_mode():
+    with pytest.raises(ValueError, match="evaluation mode"):
+        acr().train().maps(torch.zeros(1, 3, SIDE, SIDE), {"getam": MapPlan()})
+
+
 def test_maps_of_an_image_do_not_depend_on_the_batch():
     method = acr().eval()
     images, labels = torch.randn(3, 3, 50, 70), batch_of(((0, 2), (1,), (0, 1, 4))).labels
