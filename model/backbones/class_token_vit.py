@@ -51,9 +51,8 @@ class ClassTokenViT(TokenViT):
         super().load_start_weights({k: v for k, v in weights.items() if not k.startswith(("norm.", "fc_norm."))})
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """The patches (h, w) of images of this size in pixels."""
-        sides = zip((height, width), self.patch_size, strict=True)
-        return tuple(-(-side // size) if self.hybrid else side // size for side, size in sides)
+        spare = [size - 1 if self.hybrid else 0 for size in self.patch_size]   # a hybrid pads
+        return super().grid_of(height + spare[0], width + spare[1])
 
     def patch_positions(self, height: int, width: int) -> Tensor:
         """The table is resized bilinearly."""

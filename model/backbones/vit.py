@@ -89,6 +89,10 @@ class TokenViT(nn.Module):
         x = torch.cat([self.tokens.expand(len(x), -1, -1), x], dim=1)
         return self.norm_pre(x + self.positions(*images.shape[-2:])), grid
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """The patches (h, w) of images of this size in pixels."""
+        return height // self.patch_size[0], width // self.patch_size[1]
+
     def positions(self, height: int, width: int) -> Tensor:
         """Position embeddings (1, R + K + h*w, D) for images of this size in pixels."""
         return torch.cat([self.token_pos, self.patch_positions(height, width)], dim=1)
@@ -134,8 +138,7 @@ class MultiClassTokenViT(TokenViT):
     def patch_positions(self, height: int, width: int) -> Tensor:
         """The sampling follows the factors (h+0.1)/h0, (w+0.1)/w0 of DINO. As released, images that are not square are
         sampled too where they have as many patches as the table, but for those of exactly this model's size."""
-        h0, w0 = self.grid_size
-        h, w = height // self.patch_size[0], width // self.patch_size[1]
+        (h0, w0), (h, w) = self.grid_size, self.grid_of(height, width)
         own = (h0 * self.patch_size[0], w0 * self.patch_size[1])
         if (h, w) == (h0, w0) and (height == width or (height, width) == own):
             return self.patch_pos

@@ -91,7 +91,7 @@ class MoReNetwork(nn.Module):
     def _features_of_both_views(self, images: Tensor) -> ViTFeatures:
         """Of the images; `attention` has what `mirror_consistency` says of every block."""
         views, count = with_flip(images, True), len(images)
-        grid = [side // size for side, size in zip(images.shape[-2:], self.backbone.patch_size, strict=True)]
+        grid = self.backbone.grid_of(*images.shape[-2:])
         compare = partial(mirror_consistency, grid=grid, class_tokens=self.backbone.class_tokens)
         *maps, attention = self.backbone(views, compare)
         return ViTFeatures(*(full_precision(values[:count]) for values in maps), attention)
