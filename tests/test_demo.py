@@ -32,6 +32,9 @@ def house(tmp_path):
     (["method=afa", "seed=1"], "demo_afa", "afa",
      "training AFA on generated shapes (config afa_shapes), from weights/mit_shapes.safetensors",
      "runs/demo_afa/pictures  (input, mask, CAM, affinity CAM, segmentation side by side)"),
+    (["method=acr"], "demo_acr", "acr",
+     "training ACR on generated shapes (config acr_shapes), from weights/vit_shapes.safetensors",
+     "runs/demo_acr/pictures  (input, mask, patch CAM, GETAM side by side)"),
 ])
 def test_a_demo(house, arguments, tag, config, training, pictures):
     command = ["bash", house / "run_demo.sh", *arguments]
