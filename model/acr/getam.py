@@ -93,12 +93,11 @@ class _Step(NamedTuple):
 
 def _step(block: Block, own: Tensor, rest: Tensor, leaf: bool, last: bool, wanted: bool) -> _Step:
     """One block. leaf: whether it is the first that is differentiated. wanted: whether the other tokens are."""
-    grad = torch.is_grad_enabled()
-    with torch.set_grad_enabled(grad and not leaf):
+    through = torch.is_grad_enabled() and not leaf   # whether what enters the block is differentiated
+    with torch.set_grad_enabled(through):
         q, k, v = queries_keys_values(block, own)
-    with torch.set_grad_enabled(rest.requires_grad):
-        queries, keys, values = queries_keys_values(block, rest)
-    with torch.set_grad_enabled(grad and not leaf):
+        with torch.set_grad_enabled(rest.requires_grad):
+            queries, keys, values = queries_keys_values(block, rest)
         k, v = torch.cat([k, keys], 2), torch.cat([v, values], 2)
         row = attention_maps(block, q, k)
     if leaf:
@@ -106,7 +105,7 @@ def _step(block: Block, own: Tensor, rest: Tensor, leaf: bool, last: bool, wante
     own = behind_attention(block, own, row @ v)
     maps = None
     if wanted:
-        with torch.set_grad_enabled(grad and not leaf and not last):
+        with torch.set_grad_enabled(through and not last):
             maps = attention_maps(block, queries, k)
             rest = behind_attention(block, rest, maps @ v)
     return _Step(own, rest, row, None if maps is None else maps.detach())

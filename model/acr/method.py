@@ -15,7 +15,7 @@ from model.acr.official import from_official, recognise
 from model.backbones.class_token_vit import ClassTokenViT
 from model.method import MapKind, MapPlan, Method, Released
 from model.multi_scale import Fusion, fused_maps, min_max
-from model.pseudo_labels import present_first
+from model.pseudo_labels import Present, present_first
 from utils.batch import Batch
 from utils.errors import UserError
 
@@ -79,7 +79,7 @@ class ACR(Method):
         """`getam` and `cam`, the classifier on every patch: (B, K, H, W), 0 for classes that labels rule out."""
         present = present_first(images.new_ones(len(images), self.num_classes) if labels is None else labels)
         plans = {kind: (plan, FUSIONS[kind]) for kind, plan in kinds.items()}
-        made = fused_maps(images, plans, partial(self._coarse_maps, present.classes), at_once=True)
+        made = fused_maps(images, plans, partial(self._coarse_maps, present), at_once=True)
         index = present.classes[:, :, None, None].expand(-1, -1, *images.shape[-2:])
         there, full = present.there[:, :, None, None], (len(images), self.num_classes, *images.shape[-2:])
         return {kind: maps.new_zeros(full).scatter_(1, index, maps * there) for kind, maps in made.items()}
@@ -89,18 +89,17 @@ class ACR(Method):
         """Class logits (B, K), one pass."""
         return self.network.classify(images)
 
-    def _coarse_maps(self, classes: Tensor, views: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """Maps (B, M, h, w) of the classes (B, M) of each image, in each of its views."""
-        c, network = self.config.getam, self.network
-        classes = classes.repeat(len(views) // len(classes), 1)
+    def _coarse_maps(self, present: Present, views: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """Maps (B, M, h, w) of these classes of each image, in each of its views."""
+        c, network, made = self.config.getam, self.network, {}
         if "getam" in kinds:
-            found = getam(network, views, classes, c.function, c.start_block, c.affinity, patches="cam" in kinds)
-            maps, patches, grid = found
+            classes = present.classes.repeat(len(views) // len(present.classes), 1)
+            made["getam"], patches, grid = getam(
+                network, views, classes, c.function, c.start_block, c.affinity, patches="cam" in kinds
+            )
         else:
             grid = network.backbone.grid_of(*views.shape[-2:])
             patches = network.backbone.forward(views)[0][:, -grid[0] * grid[1] :]
-        made = {"getam": maps} if "getam" in kinds else {}
         if "cam" in kinds:
-            index = classes[:, :, None, None].expand(-1, -1, *grid)
-            made["cam"] = network.patch_cam(patches, grid).gather(1, index)
+            made["cam"] = present.of(network.patch_cam(patches, grid))
         return made

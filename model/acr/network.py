@@ -1,13 +1,12 @@
 """The network of ACR: a ViT with one class token, and a linear classifier on it."""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.backbones.class_token_vit import ClassTokenViT
-from model.losses.consistency import mirror_consistency
+from model.losses.consistency import comparison
 from model.multi_scale import full_precision, with_flip
 
 
@@ -28,10 +27,7 @@ class ACRNetwork(nn.Module):
         self.classifier = nn.Linear(backbone.embed_dim, num_classes)
 
     def forward(self, images: Tensor) -> Outputs:
-        compare = partial(
-            mirror_consistency, grid=self.backbone.grid_of(*images.shape[-2:]), class_tokens=self.backbone.class_tokens
-        )
-        tokens, consistency = self.backbone(with_flip(images, True), compare)
+        tokens, consistency = self.backbone(with_flip(images, True), comparison(self.backbone, images))
         logits = self.logits(tokens[:, self.backbone.class_tokens])[:, 0]
         return Outputs(*logits.chunk(2), torch.stack(consistency).mean(0))
 

@@ -19,11 +19,14 @@ def hands_out(block: nn.Module) -> bool:
     )
 
 
-def block_and_attention(block: Block, x: Tensor, of_attention: OfAttention) -> tuple[Tensor, Any]:
-    """What the block makes of tokens (B, N, D), and what `of_attention` makes of its attention maps.
+def block_and_attention(block: Block, x: Tensor, of_attention: OfAttention | None) -> tuple[Tensor, Any]:
+    """What the block makes of tokens (B, N, D), and what `of_attention` makes of its attention maps; None: they are not
+    made.
 
     The backward needs the maps of all heads once more: they stay until then, and nothing else of that size does.
     """
+    if of_attention is None:
+        return block(x), None
     q, k, v = queries_keys_values(block, x)
     maps = attention_maps(block, q, k)
     return behind_attention(block, x, maps @ v), of_attention(maps)

@@ -70,14 +70,10 @@ class ClassTokenViT(TokenViT):
 
         images: (B, 3, H, W), normalised. What does not fill a patch is cut off, by a hybrid padded.
         """
-        x, _ = self.embed(images)
-        made = []
+        (x, _), made = self.embed(images), []
         for block in self.blocks:
-            if of_attention is None:
-                x = block(x)
-            else:
-                x, of_block = block_and_attention(block, x, of_attention)
-                made.append(of_block)
+            x, of_block = block_and_attention(block, x, of_attention)
+            made.append(of_block)
         return x, made
 
 

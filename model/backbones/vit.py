@@ -152,11 +152,8 @@ class MultiClassTokenViT(TokenViT):
         x, grid = self.embed(images)
         prefix, attention = self.tokens.shape[1], []
         for index, block in enumerate(self.blocks):
-            if of_attention is None:
-                x = block(x)
-            else:
-                x, made = block_and_attention(block, x, of_attention)
-                attention.append(made)
+            x, made = block_and_attention(block, x, of_attention)
+            attention.append(made)
             if index == self.aux_block:
                 aux = _as_map(x[:, prefix:], grid)
         x = self.norm(x)

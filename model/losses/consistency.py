@@ -1,9 +1,18 @@
 """All-pairs consistency (ACR, ICCV 2023 workshop): the attention of an image and of its mirror, which should agree."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from model.backbones.attention import OfAttention
+from model.backbones.vit import TokenViT
+
+
+def comparison(vit: TokenViT, images: Tensor) -> OfAttention:
+    """`mirror_consistency` for the blocks of a ViT that these images and their mirrors go through."""
+    return partial(mirror_consistency, grid=vit.grid_of(*images.shape[-2:]), class_tokens=vit.class_tokens)
 
 
 def mirror_consistency(maps: Tensor, grid: Sequence[int], class_tokens: slice | None = None) -> Tensor:

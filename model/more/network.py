@@ -1,7 +1,6 @@
 """The network of MoRe: multi-class-token ViT, two classifiers, GCR and a LargeFOV decoder."""
 
 from collections.abc import Collection
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from model.backbones.vit import MultiClassTokenViT, ViTFeatures
 from model.decoders.largefov import LargeFOV
-from model.losses.consistency import mirror_consistency
+from model.losses.consistency import comparison
 from model.more.gcr import GraphCategoryRepresentation
 from model.multi_scale import full_precision, with_flip
 
@@ -91,9 +90,7 @@ class MoReNetwork(nn.Module):
     def _features_of_both_views(self, images: Tensor) -> ViTFeatures:
         """Of the images; `attention` has what `mirror_consistency` says of every block."""
         views, count = with_flip(images, True), len(images)
-        grid = self.backbone.grid_of(*images.shape[-2:])
-        compare = partial(mirror_consistency, grid=grid, class_tokens=self.backbone.class_tokens)
-        *maps, attention = self.backbone(views, compare)
+        *maps, attention = self.backbone(views, comparison(self.backbone, images))
         return ViTFeatures(*(full_precision(values[:count]) for values in maps), attention)
 
     def _class_tokens(self, features: ViTFeatures) -> Tensor:
