@@ -7,12 +7,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from datasets import EvalItem, data_name
+from datasets import EvalItem
 from engine.checkpoints import files
 from engine.config import RunConfig
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
 from engine.evaluation.image_scores import ImageScores, new_evaluation, write_evaluation
-from engine.evaluation.results import append_results, score_entries, scores_of, settings_of, summary_line, table, title
+from engine.evaluation.results import (
+    append_results,
+    facts_of,
+    score_entries,
+    scores_of,
+    settings_of,
+    summary_line,
+    table,
+    title,
+)
 from engine.inference.batch import Prediction, on_host
 from engine.inference.many import as_is, labels_alone, over_images
 from engine.inference.pictures import prediction_panels, save_picture, side_by_side
@@ -63,8 +72,7 @@ def evaluate(
     each.gather()
     made_of = {"checkpoint": weights, "iteration": iteration}
     made_of |= {"seconds": round(time.perf_counter() - started, 1), "evaluation": evaluation}
-    facts = {"method": config.method, "dataset": data_name(config.data), "split": config.data.val_split}
-    facts["images"], names = len(images), ("background", *dataset.classes)
+    facts, names = facts_of(config, config.data.val_split, len(images)), ("background", *dataset.classes)
     scores = {row: scores_of(matrix, config.data.val_split) for row, matrix in matrices.items()}
     rows = [
         {**settings_of(row, plan, facts), **score_entries(of_row, names), **made_of} for row, of_row in scores.items()

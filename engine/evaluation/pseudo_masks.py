@@ -10,7 +10,7 @@ from datasets import build_image_set, data_name
 from datasets.samples import Sample
 from engine.config import RunConfig
 from engine.distributed import Ranks, all_reduce_sum
-from engine.evaluation.results import scores_of, settings_of, summary_line, table, title
+from engine.evaluation.results import facts_of, scores_of, settings_of, summary_line, table, title
 from engine.inference.pseudo_masks import DICTIONARY, Exported, irn_ids
 from utils.errors import UserError, name_some
 from utils.images import IGNORE, check_same_size, read_label_map
@@ -28,8 +28,7 @@ def mask_summary(exported: Exported) -> str | None:
     matrix, left_out, images = score_files(*given, exported.predictor.ranks)
     if not images:
         return None
-    facts = {"method": config.method, "dataset": data_name(config.data), "split": exported.split, "images": images}
-    row = settings_of((masks.kind, masks.crf is not None), plan, facts)
+    row = settings_of((masks.kind, masks.crf is not None), plan, facts_of(config, exported.split, images))
     heading = title({**row, "background": masks.bkg if masks.format == DICTIONARY else None})
     if masks.alphas:
         heading += ", alphas " + " and ".join(f"{alpha:g}" for alpha in dict.fromkeys(masks.alphas))

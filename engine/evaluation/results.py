@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.config import DEFAULT_METHOD
+from datasets import data_name
+from engine.config import DEFAULT_METHOD, RunConfig
 from engine.inference.plan import Plan, Row, title_of
 from utils.errors import UserError
 from utils.files import alone, replacing
@@ -31,10 +32,15 @@ def score_entries(scores: Scores, names: Sequence[str]) -> dict:
     }
 
 
+def facts_of(config: RunConfig, split: str, images: int) -> dict:
+    """The entries of a result's row that say which images it is of, and of which method."""
+    return {"method": config.method, "dataset": data_name(config.data), "split": split, "images": images}
+
+
 def settings_of(row: Row, plan: Plan, facts: dict) -> dict:
     """The entries of a result's row that say what it is of.
 
-    facts: method, dataset, split, and the number of images.
+    facts: those of `facts_of`.
     """
     kind, crf = row
     made, declared = plan.maps[kind], plan.kinds[kind]

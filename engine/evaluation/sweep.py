@@ -17,13 +17,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets import EvalItem, build_val_set, data_name
+from datasets import EvalItem, build_val_set
 from engine.checkpoints.files import check_classes, read_meta
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
 from engine.evaluation.checkpoint import results_folder
 from engine.evaluation.evaluate import first_images, share_loader
 from engine.evaluation.image_scores import EVALUATIONS, ImageScores, new_evaluation, write_evaluation
-from engine.evaluation.results import append_results, score_entries, scores_of, settings_of, summary_line, title
+from engine.evaluation.results import (
+    append_results,
+    facts_of,
+    score_entries,
+    scores_of,
+    settings_of,
+    summary_line,
+    title,
+)
 from engine.inference.batch import Prediction, present_maps, to_host
 from engine.inference.many import over_images
 from engine.inference.plan import Plan, kinds_of
@@ -73,7 +81,7 @@ def sweep_checkpoint(
     use_tf32(config.train.tf32)
     started, workers, batch_size = time.perf_counter(), loader_workers(config, ranks), config.evaluate.images_at_once
     counts, curves = count(method, images, len(dataset.classes), plan, ranks, workers, batch_size), {}
-    facts = {"method": config.method, "dataset": data_name(config.data), "split": split, "images": len(images)}
+    facts = facts_of(config, split, len(images))
     made_of = {"checkpoint": file, "iteration": read_meta(file).get("iteration"),
                "seconds": round(time.perf_counter() - started, 1), "evaluation": evaluation, "best_of": COUNT}
     for kind, matrices in counts.items():
