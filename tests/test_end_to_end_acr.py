@@ -70,22 +70,13 @@ def test_training(run):
     assert (folder / "checkpoints/best.weights.safetensors").is_file()
 
 
-def test_resume_is_exact(run, tmp_path, monkeypatch):
+def test_resume_is_exact(run, tmp_path):
     """SGD without momentum has no state of its own."""
     root, folder = run
-    losses = ACR.losses
-
-    def interrupted(self, batch, iteration):
-        if iteration == 3:
-            raise KeyboardInterrupt
-        return losses(self, batch, iteration)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ACR, "losses", interrupted)
+    with tiny.interrupted(ACR, 3):
         train(root, tmp_path)
     train(root, tmp_path, "resume=auto")
-    ours, theirs = load_file(tiny.last_weights(tmp_path / "acr")), load_file(tiny.last_weights(folder))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    tiny.assert_same_weights(tiny.last_weights(tmp_path / "acr"), tiny.last_weights(folder))
     assert terms(tmp_path / "acr")[-1] == terms(folder)[-1]
 
 
@@ -94,14 +85,18 @@ def test_two_processes_follow_one(run, tmp_path):
     root, _ = run
     for count in (1, 2):
         settings = [f"data.root={root}", f"output={tmp_path}", *SETTINGS, "train.iterations=20"]
-        settings += ["train.validate_every=100", "train.checkpoint_every=20", "train.picture_every=100"]
+        settings += ["train.validate_every=100", "train.checkpoint_every=1", "train.picture_every=100"]
         done = tiny.bash("run_train.sh", "scripts/train_voc.py", "cpu", count, "auto", f"on_{count}", *settings)
         assert done.returncode == 0, done.stderr
     one, two = terms(tmp_path / "on_1"), terms(tmp_path / "on_2")
     assert len(one) == len(two) == 20 and one[0][-1] != one[-1][-1]
     for alone, shared in zip(one, two, strict=True):
         assert shared == pytest.approx(alone, rel=1e-5, abs=1e-7)
-    ours, theirs = (load_file(tiny.last_weights(tmp_path / f"on_{count}", 20)) for count in (1, 2))
+    # signs of the L1 terms amplify rounding: after 20 steps all parameters together agree to 1e-5, one alone to 1e-4
+    for iteration, share in ((1, 1e-5), (20, 1e-4)):
+        ours, theirs = (load_file(tiny.last_weights(tmp_path / f"on_{count}", iteration)) for count in (1, 2))
+        for name, value in ours.items():   # biases start at 0 and stay small: that share of 1 for these
+            assert float((value - theirs[name]).norm()) <= share * max(1.0, float(value.norm())), name
     own, other = (torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in (ours, theirs))
     assert float((own - other).norm()) <= 1e-5 * float(own.norm())
 

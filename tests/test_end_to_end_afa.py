@@ -71,22 +71,13 @@ def test_training(run):
 
 
 @pytest.mark.parametrize("stopped", [3, 5])
-def test_resume_is_exact(run, tmp_path, monkeypatch, stopped):
+def test_resume_is_exact(run, tmp_path, stopped):
     """Dropout, drop-path and batch statistics included; stopped before and after a checkpoint's iteration."""
     root, folder = run
-    losses = AFA.losses
-
-    def interrupted(self, batch, iteration):
-        if iteration == stopped:
-            raise KeyboardInterrupt
-        return losses(self, batch, iteration)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(AFA, "losses", interrupted)
+    with tiny.interrupted(AFA, stopped):
         train(root, tmp_path)
     train(root, tmp_path, "resume=auto")
-    ours, theirs = load_file(tiny.last_weights(tmp_path / "afa")), load_file(tiny.last_weights(folder))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    tiny.assert_same_weights(tiny.last_weights(tmp_path / "afa"), tiny.last_weights(folder))
     assert terms(tmp_path / "afa")[-1] == terms(folder)[-1]
 
 

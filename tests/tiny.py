@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.launch import DEVICE, run_script
 from datasets.voc import CLASSES
 from engine.checkpoints.files import WEIGHTS, save_weights
 from engine.config import load_config, portable
 from model import build_method
+from model.method import Method
 from scripts import train_voc
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +74,27 @@ def train_toy(root: Path, output: Path, *more: str) -> None:
         "data.workers=0", "train.log_every=1", "train.checkpoint_every=2", "train.picture_every=3",
         "train.validate_every=4", *more,
     ])
+
+
+@contextmanager
+def interrupted(method: type[Method], iteration: int) -> Iterator[None]:
+    """The training within it has to be broken off before this iteration."""
+    losses = method.losses
+
+    def stopped(self, batch, done):
+        if done == iteration:
+            raise KeyboardInterrupt
+        return losses(self, batch, done)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(method, "losses", stopped)
+        yield
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Two weights files are equal to the last bit."""
+    ours, theirs = load_file(one), load_file(other)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @contextmanager

@@ -3,24 +3,15 @@
 import pytest
 import torch
 
-from engine.config import load_config
-from model import build_method
 from model.acr.method import ACR
 from model.acr.official import UNUSED
-from tests.goldens.test_afa_official_keys import key_lists
+from tests.goldens.test_afa_official_keys import assert_known_without_any_key, recognised
 from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def official(golden):
-    """(method, weights) for each list of the file."""
-    found = []
-    for weights in key_lists(golden("acr/official_state_dict_keys.txt")).values():
-        released = ACR.recognise({key: tuple(value.shape) for key, value in weights.items()})
-        with torch.device("meta"):
-            method = build_method(load_config(released.config), released.classes)
-        found.append((method, weights))
-    return found
+    return recognised(ACR, golden("acr/official_state_dict_keys.txt"))
 
 
 def test_lists_load(official):
@@ -64,8 +55,4 @@ def test_other_keys_are_named(official, change):
 
 
 def test_a_file_is_known_whatever_key_it_lacks(official):
-    for method, weights in official:
-        shapes = {key: tuple(value.shape) for key, value in weights.items()}
-        for key in shapes:
-            released = ACR.recognise({other: shape for other, shape in shapes.items() if other != key})
-            assert released is not None and released.classes == method.num_classes, key
+    assert_known_without_any_key(official)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from engine.checkpoints.hub import HubMethod
 from engine.checkpoints.opening import open_checkpoint
@@ -50,24 +49,14 @@ def test_training_by_epochs_with_sgd(run):
     assert (folder / "checkpoints" / "best.weights.safetensors").is_file()
 
 
-def test_resume_is_exact(run, tmp_path, monkeypatch):
+def test_resume_is_exact(run, tmp_path):
     """Dropout, batch norm, momentum included: stopped in the last of six steps, after the checkpoint of the fourth."""
     root, folder = run
-
-    def stopped(self, batch, iteration):
-        if iteration == LENGTH - 1:
-            raise KeyboardInterrupt
-        return losses(self, batch, iteration)
-
-    losses = method.Toy.losses
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(method.Toy, "losses", stopped)
+    with tiny.interrupted(method.Toy, LENGTH - 1):
         tiny.train_toy(root, tmp_path)
     assert not weights(tmp_path / "toy").exists()
     tiny.train_toy(root, tmp_path, "resume=auto")
-    ours, theirs = load_file(weights(tmp_path / "toy")), load_file(weights(folder))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    tiny.assert_same_weights(weights(tmp_path / "toy"), weights(folder))
 
 
 def test_evaluation_on_one_and_two_processes(run, tmp_path):
