@@ -4,7 +4,7 @@ from pydantic import model_validator
 
 from model.method import ModelSection
 from model.shared_keys import ConsistencyStart, ConsistencyWeights, EnergyKeys, PixelLabelKeys
-from utils.schema import Count, FilePath, Index, Number, Positive, Scales, Section, Share, Text, key
+from utils.schema import Count, FilePath, Index, NotNegative, Number, Positive, Scales, Section, Share, Text, key
 
 HighLow = tuple[Share, Share]
 
@@ -16,6 +16,7 @@ class Model(ModelSection):
     aux_block: int = key(-3, "code: block whose output feeds the auxiliary classifier")
     token_ratio: Share = key(0.5, "paper: share of neighbours GCR keeps")
     decoder_channels: Count = key(512, "code")
+    token_lr_factor: NotNegative = key(1.0, "ours: of the class tokens and registers, over the backbone's rate")
 
 
 class Stages(Section):

@@ -116,12 +116,18 @@ class MoRe(Method):
         return {**tokens, "pixel": pixel.masked_fill(~batch.valid, IGNORE), "valid": inside}
 
     def param_groups(self, train: Any) -> list[dict]:
-        """Encoder, encoder norms, classifiers, GCR, decoder; the last three learn `head_lr_factor` times faster."""
-        net, lr, head_lr = self.network, train.lr, train.lr * train.head_lr_factor
+        """Encoder, its tokens if `model.token_lr_factor` is not 1, encoder norms, classifiers, GCR, decoder; the last
+        three learn `head_lr_factor` times faster."""
+        net, lr, head_lr, token_factor = self.network, train.lr, train.lr * train.head_lr_factor, (
+            self.config.model.token_lr_factor
+        )
         others, norms = norms_apart(net.backbone)
         classifiers = [*net.classifier.parameters(), *net.aux_classifier.parameters()]
+        tokens = [net.backbone.tokens, net.backbone.token_pos] if token_factor != 1 else []
+        others = [parameter for parameter in others if all(parameter is not token for token in tokens)]
         return [
             {"name": "encoder", "params": others, "lr": lr},
+            *([{"name": "tokens", "params": tokens, "lr": lr * token_factor}] if tokens else []),
             {"name": "norms", "params": norms, "lr": lr},
             {"name": "classifiers", "params": classifiers, "lr": head_lr},
             {"name": "gcr", "params": list(net.gcr.parameters()), "lr": head_lr},
