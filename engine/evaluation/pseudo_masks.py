@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from datasets import build_image_set, data_name
+from datasets.irn import irn_ids
 from datasets.samples import Sample
 from engine.config import RunConfig
 from engine.distributed import Ranks, all_reduce_sum
 from engine.evaluation.results import facts_of, scores_of, settings_of, summary_line, table, title
-from engine.inference.pseudo_masks import DICTIONARY, Exported, irn_ids
+from engine.inference.pseudo_masks import DICTIONARY, Exported
 from utils.errors import UserError, name_some
 from utils.images import IGNORE, check_same_size, read_label_map
 from utils.metrics import Scores, confusion_matrix

@@ -1,8 +1,6 @@
 """Pseudo masks for the second stage: ids with 255 where unsure, and the dictionaries of irn (Ahn et al., CVPR 2019)."""
 
-import io
 import math
-import pickle
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,8 +27,6 @@ STRIDE = 4         # [irn] of `cam`
 PNG, DICTIONARY, IRN_LABEL = FORMATS = ("png", "npy", "irn-label")
 IRN_HIGH, IRN_LOW = 0.30, 0.05   # [irn] conf_fg_thres, conf_bg_thres
 IRN_CRF = {"iterations": 10, "pos_xy_std": 3, "pos_w": 3, "bi_xy_std": 50, "bi_rgb_std": 5, "bi_w": 10}   # [irn]
-IRN_NAMES = {"numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer",
-             "collections.OrderedDict", "torch._utils._rebuild_tensor_v2"}   # what arrays and tensors are made with
 
 
 class MaskFormat:
@@ -164,41 +160,6 @@ def save_irn(path: Path, maps: Tensor, present: Tensor) -> None:
     strided = resize(maps[None], size)[0] if len(maps) else maps.new_zeros(0, *size)
     with replacing(path) as part, open(part, "wb") as file:
         np.save(file, {"keys": keys, "cam": strided.clone(), "high_res": maps.numpy()}, allow_pickle=True)
-
-
-def irn_ids(path: Path, bkg: float, num_ids: int, size: tuple[int, int]) -> np.ndarray:
-    """Ids uint8 (H, W) of a file as irn's make_cam writes it: the largest map's class, 0 where it is <= bkg.
-
-    The maps are high_res; where there is none, cam brought to `size` (H, W). num_ids: K + 1. No code of the file runs.
-    Raises UserError, naming the file, for any other content.
-    """
-    try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            content = _IrnReader(file).load().item()
-        which = "high_res" if "high_res" in content else "cam"
-        keys, maps = (torch.tensor(np.asarray(content[name])) for name in ("keys", which))
-        if len(keys) == len(maps) == 0:
-            return np.zeros(size, np.uint8)
-        maps = maps.float() if which == "high_res" else resize(maps[None].float(), size)[0]
-        if keys.shape != maps.shape[:-2] or not maps.isfinite().all() or ((keys < 0) | (keys >= num_ids - 1)).any():
-            raise ValueError(f"finite maps {tuple(maps.shape)} of keys {keys.tolist()}, which are 0..{num_ids - 2}?")
-    except Exception as error:   # a broken pickle can raise anything
-        raise UserError(f"{path}: no dictionary of keys and high_res or cam, as irn's ({error!r})") from None
-    ids = threshold(maps, torch.ones(len(maps), dtype=torch.bool), bkg)
-    return np.array([0, *(keys + 1)], np.uint8)[ids]
-
-
-class _IrnReader(pickle.Unpickler):
-    """Knows what arrays and tensors are made with, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda data: torch.load(io.BytesIO(data), "cpu", weights_only=True)
-        if f"{module}.{name}".replace("numpy._core", "numpy.core") not in IRN_NAMES:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
 
 
 def check_thresholds(high: float, low: float) -> None:

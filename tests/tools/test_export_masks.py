@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.irn import irn_ids
 from datasets.voc import CLASSES
 from engine.checkpoints.opening import open_checkpoint
 from engine.config import load_config
 from engine.inference.batch import predict
 from engine.inference.plan import evaluation_plan
-from engine.inference.pseudo_masks import IRN_HIGH, IRN_LOW, MaskFormat, confident_ids, ids_of_alphas, irn_ids, save_irn
+from engine.inference.pseudo_masks import IRN_HIGH, IRN_LOW, MaskFormat, confident_ids, ids_of_alphas, save_irn
 from tests import tiny
 from tests.conftest import TINY_CLASSES
 from tools import export_masks as tool
