@@ -18,6 +18,7 @@ from datasets.classes import class_list
 from datasets.config import Data
 from datasets.files import FileItem, ImageFiles, Unreadable, find_images, unique_names
 from datasets.labels import MASKS, load_labels
+from datasets.masks import OWN, TrainMasks
 from datasets.samples import Sample, find_list, refuse_twice
 from datasets.sets import EvalItem, EvalSet, ImageSet, TrainItem, TrainSet, collate_train
 from datasets.texts import lines_of, read_text
@@ -38,12 +39,17 @@ ROOT_VARIABLES = {"voc": "VOC_ROOT", "coco": "COCO_ROOT"}
 
 
 def build_train_set(config: Section) -> TrainSet:
-    """The split config.data.train_split with the augmentation of config.data; masks are needed only as labels' source.
+    """The split config.data.train_split with the augmentation of config.data, and the masks of data.masks.
 
-    Raises UserError for a missing folder, list, image or label before any training starts.
+    The data set's own masks are needed only there, and as labels' source.
+    Raises UserError for a missing folder, list, image, label or mask before any training starts.
     """
-    need_masks = config.data.image_labels == MASKS
-    return TrainSet(*_load(config.data, config.data.train_split, need_masks), build_augmentation(config.data))
+    data = config.data
+    need_masks = data.image_labels == MASKS or data.masks == OWN
+    samples, labels_of, classes = _load(data, data.train_split, need_masks)
+    given = data.masks is not None
+    masks = TrainMasks(data.masks, samples, len(classes) + 1, config.evaluate.bkg) if given else None
+    return TrainSet(samples, labels_of, classes, build_augmentation(data), masks)
 
 
 def build_val_set(config: Section, split: str | None = None) -> EvalSet:

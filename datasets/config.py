@@ -24,9 +24,14 @@ class Data(Section):
     train_split: FilePath = key("train_aug", "paper: 10,582 images")
     val_split: FilePath | None = key("val", "paper: 1,449 images; null: train without validation")
     image_labels: FilePath | None = key(None, "ours: file or folder, or masks; null: the data set's own")
+    masks: FilePath | None = key(
+        None, "ours: to learn from: a folder of NAME.png, or of irn's NAME.npy, cut at evaluate.bkg; or own: the data "
+        "set's; null: none"
+    )
     classes: tuple[Text, ...] | None = key(None, "ours: names without background; null: the data set's own")
-    augmentation: Literal["resized_crop", "scale_and_pad", "scale_flip_crop", "long_side_crop"] = key(
-        "resized_crop", "code of MoRe on VOC; scale_and_pad: on COCO; scale_flip_crop: of AFA; long_side_crop: of ACR"
+    augmentation: Literal["resized_crop", "scale_and_pad", "scale_flip_crop", "long_side_crop", "scale_crop"] = key(
+        "resized_crop", "code of MoRe on VOC; scale_and_pad: on COCO; scale_flip_crop: of AFA; long_side_crop: of ACR; "
+        "scale_crop: of DeepLab"
     )
     crop_size: Count = key(448, "paper")
     resize_range: tuple[Positive, Positive] = key((0.32, 1.0), "code; long_side_crop: long side in crops")

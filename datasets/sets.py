@@ -9,22 +9,23 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets import agreement
+from datasets.masks import TrainMasks
 from datasets.samples import Sample
 from datasets.transforms import seeded
 from utils.batch import Batch, boxes_of, most_classes
 from utils.images import check_same_size, normalize, read_label_map, read_rgb
 
-COMPARED = 200   # masks at most: a second, where all of COCO's would be minutes
-
 
 class TrainItem(NamedTuple):
-    """name; image float32 (3, S, S) normalised; labels float32 (K,); valid bool (S, S); seed."""
+    """name; image float32 (3, S, S) normalised; labels float32 (K,); valid bool (S, S); seed; label_map uint8 (S, S),
+    None where no masks are learned from."""
 
     name: str
     image: torch.Tensor
     labels: torch.Tensor
     valid: torch.Tensor
     seed: int
+    label_map: torch.Tensor | None = None
 
 
 class EvalItem(NamedTuple):
@@ -51,19 +52,23 @@ class _ImageSet(Dataset):
 
 
 class TrainSet(_ImageSet):
-    """Indexed by (index, seed): the augmentation's every draw comes from the seed, whatever process or worker asks."""
+    """Indexed by (index, seed): the augmentation's every draw comes from the seed, whatever process or worker asks.
 
-    def __init__(self, samples, labels_of, classes, augmentation: Callable):
+    masks: those that are learned from, None for none.
+    """
+
+    def __init__(self, samples, labels_of, classes, augmentation: Callable, masks: TrainMasks | None = None):
         super().__init__(samples, labels_of, classes)
-        self.augmentation = augmentation
+        self.augmentation, self.masks = augmentation, masks
 
     def __getitem__(self, key: tuple[int, int]) -> TrainItem:
         index, seed = int(key[0]), int(key[1])
         sample = self.samples[index]
         image = read_rgb(sample.image)
+        label_map = None if self.masks is None else self.masks.read(sample, image.shape[:2])
         with seeded(seed):
-            crop, valid = self.augmentation(image)
-        return TrainItem(sample.name, crop, self.labels_of(sample), valid, seed)
+            crop, valid, label_map = self.augmentation(image, label_map)
+        return TrainItem(sample.name, crop, self.labels_of(sample), valid, seed, label_map)
 
 
 class EvalSet(_ImageSet):
@@ -71,7 +76,7 @@ class EvalSet(_ImageSet):
 
     def compared(self) -> str | None:
         """The line of `agreement.compare` on some of the masks, evenly spread. Raises UserError as that does."""
-        some = self.samples[:: -(-len(self) // COMPARED)]
+        some = self.samples[:: agreement.step(len(self))]
         labels = ({index + 1 for index in self.labels_of(sample).nonzero().flatten().tolist()} for sample in some)
         masks = [sample.mask for sample in some]
         return agreement.compare(zip(masks, labels, map(agreement.ids_in, masks), strict=True), self.classes)
@@ -103,7 +108,8 @@ class ImageSet(_ImageSet):
 
 def collate_train(items: list[TrainItem]) -> Batch:
     """TrainItems -> Batch."""
-    names, images, labels, valid, seeds = zip(*items, strict=True)
+    names, images, labels, valid, seeds, masks = zip(*items, strict=True)
     labels, valid = torch.stack(labels), torch.stack(valid)
     tensors = torch.stack(images), labels, valid, torch.tensor(seeds)
-    return Batch(list(names), *tensors, most_classes(labels), boxes_of(valid))
+    masks = None if masks[0] is None else torch.stack(masks)
+    return Batch(list(names), *tensors, most_classes(labels), boxes_of(valid), masks)

@@ -1,5 +1,6 @@
-"""Training augmentations (MoRe, AFA and ACR, released code): image -> normalised crop and the mask of its real pixels.
+"""Training augmentations (MoRe, AFA, ACR and DeepLab, released code): image -> normalised crop and where it has pixels.
 
+A label map goes through the same crop, flip and scale by nearest neighbour, and changes nothing about the image's crop.
 Every random number comes from torch's default generator, which `seeded` sets for one sample and restores after.
 """
 
@@ -15,10 +16,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from datasets.config import Data
-from utils.images import normalize
+from utils.images import IGNORE, normalize
 
 BLACK = normalize(np.zeros((1, 1, 3), np.uint8))   # (3, 1, 1)
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+Augmented = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]   # crop, valid, label map
 
 
 @contextmanager
@@ -37,6 +39,8 @@ class ResizedCrop:
     """RandomResizedCrop (bicubic), flip, ColorJitter with probability 0.5."""
 
     def __init__(self, crop_size: int, resize_range: tuple[float, float]):
+        crop = transforms.RandomResizedCrop(crop_size, resize_range, interpolation=InterpolationMode.NEAREST)
+        self.of_ids = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
         self.transform = transforms.Compose(
             [
                 transforms.RandomResizedCrop(crop_size, resize_range, interpolation=InterpolationMode.BICUBIC),
@@ -45,10 +49,19 @@ class ResizedCrop:
             ]
         )
 
-    def __call__(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """RGB uint8 (H, W, 3) -> normalised float32 (3, S, S), valid bool (S, S), all True."""
+    def __call__(self, image: np.ndarray, label_map: np.ndarray | None = None) -> Augmented:
+        """RGB uint8 (H, W, 3) and ids uint8 (H, W) -> normalised float32 (3, S, S), valid bool (S, S), all True, and
+        ids uint8 (S, S)."""
+        before = torch.get_rng_state()
         crop = normalize(np.asarray(self.transform(Image.fromarray(image))))
-        return crop, torch.ones(crop.shape[1:], dtype=torch.bool)
+        valid = torch.ones(crop.shape[1:], dtype=torch.bool)
+        if label_map is None:
+            return crop, valid, None
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)   # the first draws again: crop and flip
+        ids = torch.from_numpy(np.array(self.of_ids(Image.fromarray(label_map))))
+        torch.set_rng_state(after)
+        return crop, valid, ids
 
 
 class ScaleFlipCrop:
@@ -61,9 +74,15 @@ class ScaleFlipCrop:
         self.jitter = transforms.Compose([])
         self.flip = transforms.RandomHorizontalFlip()
 
-    def __call__(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """RGB uint8 (H, W, 3) -> normalised float32 (3, S, S), valid bool (S, S), False in the padding."""
-        return self._pad_or_crop(self.flip(normalize(self._resized(image))))
+    def __call__(self, image: np.ndarray, label_map: np.ndarray | None = None) -> Augmented:
+        """RGB uint8 (H, W, 3) and ids uint8 (H, W) -> normalised float32 (3, S, S), valid bool (S, S), False in the
+        padding, and ids uint8 (S, S), 255 there."""
+        layers = normalize(self._resized(image))
+        if label_map is not None:   # as a fourth channel
+            ids = Image.fromarray(label_map).resize(layers.shape[:0:-1], Image.Resampling.NEAREST)   # as of centres
+            layers = torch.cat([layers, torch.from_numpy(np.array(ids, np.float32))[None]])
+        layers, valid = self._pad_or_crop(self.flip(layers))
+        return layers[:3], valid, None if label_map is None else layers[3].byte()
 
     def _resized(self, image: np.ndarray) -> np.ndarray:
         """RGB uint8 (H, W, 3) -> RGB 0..255 (h, w, 3)."""
@@ -73,8 +92,9 @@ class ScaleFlipCrop:
         return np.asarray(F.resize(picture, size, InterpolationMode.BILINEAR))
 
     def _pad_or_crop(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(3, h, w) -> (3, S, S) and valid (S, S): a random window of a long side, a random place of a short one."""
-        crop = self.padding.expand(3, self.crop_size, self.crop_size).clone()
+        """(C, h, w) -> (C, S, S) and valid (S, S): a random window of a long side, a random place of a short one."""
+        padding = torch.cat([self.padding, torch.full((1, 1, 1), float(IGNORE))])[: len(image)]
+        crop = padding.expand(-1, self.crop_size, self.crop_size).clone()
         valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
         source, target = zip(*(self._window(side) for side in image.shape[1:]), strict=True)
         crop[:, target[0], target[1]] = image[:, source[0], source[1]]
@@ -97,6 +117,12 @@ class ScaleAndPad(ScaleFlipCrop):
         self.jitter = transforms.RandomApply([transforms.ColorJitter(**JITTER)], p=0.8)
 
 
+class ScaleCrop(ScaleFlipCrop):
+    """ScaleFlipCrop with padding in the mean colour (DeepLab's)."""
+
+    padding = torch.zeros(3, 1, 1)
+
+
 class LongSideCrop(ScaleFlipCrop):
     """Resize of the long side to a random whole number of pixels (bilinear), flip, pad with the mean colour and crop.
 
@@ -112,13 +138,13 @@ class LongSideCrop(ScaleFlipCrop):
         return cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)   # values are not rounded
 
 
-# as released: MoRe's on VOC, on COCO, AFA's, ACR's
+# as released: MoRe's on VOC, on COCO, AFA's, ACR's, DeepLab's
 AUGMENTATIONS = {
     "resized_crop": ResizedCrop, "scale_and_pad": ScaleAndPad, "scale_flip_crop": ScaleFlipCrop,
-    "long_side_crop": LongSideCrop,
+    "long_side_crop": LongSideCrop, "scale_crop": ScaleCrop,
 }
 
 
-def build_augmentation(data: Data) -> Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]:
+def build_augmentation(data: Data) -> Callable[..., Augmented]:
     """The augmentation that config.data names."""
     return AUGMENTATIONS[data.augmentation](data.crop_size, data.resize_range)

@@ -62,8 +62,8 @@ def first_name(root, split):
 def test_items_and_batch(tiny_voc):
     train = build_train_set(config_of(tiny_voc))
     assert train.classes == voc.CLASSES and len(train) == len(train.names) == 8
-    name, image, labels, valid, seed = train[2, 77]
-    assert name == train.names[2] and seed == 77
+    name, image, labels, valid, seed, label_map = train[2, 77]
+    assert name == train.names[2] and seed == 77 and label_map is None
     assert image.shape == (3, 48, 48) and image.dtype == torch.float32
     assert labels.shape == (20,) and labels.dtype == torch.float32 and valid.dtype == torch.bool
     batch = collate_train([train[i, 2**60 + i] for i in range(3)])
