@@ -86,6 +86,7 @@ class Method(nn.Module):
     checkpoint. map_keys: by kind the keys of the method's own, `model` aside, that its map is made with.
     ratio(numerator, count, eps): divides sums by counts in losses; the engine puts one here that counts over all
     processes, so every process calls it equally often.
+    learns_from_masks: whether `losses` reads `Batch.masks`; a training then needs data.masks, and else refuses it.
     Integer keys of the config named `*_after`, or in `loss.start_after`, are iterations: the report marks them.
     """
 
@@ -95,6 +96,7 @@ class Method(nn.Module):
     kinds: ClassVar[dict[str, MapKind]]
     best_by: ClassVar[str]
     map_keys: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    learns_from_masks: ClassVar[bool] = False
 
     def __init__(self, config: Any, num_classes: int) -> None:
         """config: the whole config. num_classes: K, without background."""

@@ -49,7 +49,8 @@ def save_weights(path: str | os.PathLike, method: nn.Module, meta: dict) -> None
     """Writes the method's weights; `meta` goes into the header.
 
     meta: JSON values. Those of a training are method, classes, config (the tag), settings (the resolved config,
-    `engine.config.portable`), iterations (of all the training), train_images, iteration and, of the best weights, val.
+    `engine.config.portable`), iterations (of all the training), train_images, train_masks, iteration and,
+    of the best weights, val.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in method.state_dict().items()}
     with replacing(path) as part:

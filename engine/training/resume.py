@@ -14,10 +14,11 @@ MAY_CHANGE = (
 )
 
 
-def check_same_run(weights: Path, config: RunConfig, images: dict) -> str:
+def check_same_run(weights: Path, config: RunConfig, images: dict, masks: str | None = None) -> str:
     """The settings that changed since the run wrote `weights`, in words; UserError where they make it another run.
 
-    images: count and sha256 of the names of those trained on. Files are compared by their last name.
+    images: count and sha256 of the names of those trained on. masks: sha256 of those learned from, None for none. Files
+    are compared by their last name.
     """
     meta = read_meta(weights)
     before = load_settings(meta["settings"], str(weights)) if "settings" in meta else config
@@ -31,6 +32,8 @@ def check_same_run(weights: Path, config: RunConfig, images: dict) -> str:
     refused = [words for name, words in changed.items() if not name.startswith(MAY_CHANGE)]
     if (own := meta.get("train_images", images)) != images:
         refused.append(f"{images['count']} training images of another list, were {own['count']}")
+    if meta.get("train_masks", masks) != masks:
+        refused.append("data.masks holds other masks, or irn's maps are cut at another evaluate.bkg")
     if refused:
         words = "; ".join(refused[:5])   # another method differs in many
         raise UserError(f"{weights}: the run had other settings: {words}: give its own, or another tag")

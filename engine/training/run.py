@@ -51,11 +51,14 @@ class Run:
             raise UserError(f"{self.folder} holds a run already: continue it with resume=auto, or give another tag")
         self.period, self.metrics = _Period(), self.folder / "metrics.jsonl"
 
-    def begin(self, method: Method, train_set: TrainSet) -> dict | None:
-        """Loads the weights the run goes on with, or starts from; returns the state of the run it goes on with."""
+    def begin(self, method: Method, train_set: TrainSet, masks: str | None = None) -> dict | None:
+        """Loads the weights the run goes on with, or starts from; returns the state of the run it goes on with.
+
+        masks: what `check_masks` gave.
+        """
         self.classes, state = list(train_set.classes), None
         digest = hashlib.sha256("\n".join(train_set.names).encode()).hexdigest()
-        self.images = {"count": len(train_set), "sha256": digest}
+        self.images, self.masks = {"count": len(train_set), "sha256": digest}, masks
         if self.config.resume == "auto":
             state = None if self._had_no_state_yet() else files.newest_state(self.checkpoints)
             if len(set(gather(state and state["iteration"]))) > 1:
@@ -67,7 +70,7 @@ class Run:
         else:
             weights = self.checkpoints / files.WEIGHTS.format(state["iteration"])
             files.check_classes(weights, self.classes)
-            changed = check_same_run(weights, self.config, self.images)
+            changed = check_same_run(weights, self.config, self.images, masks)
             self.changed = changed and f"; changed: {changed}"
             files.load_weights(weights, method)
         return state
@@ -89,6 +92,7 @@ class Run:
             self.best = files.best_score(self.checkpoints, trainer.method.best_by)
         self.meta = {"method": self.config.method, "classes": self.classes, "config": self.config.tag}
         self.meta |= {"settings": portable(self.config), "iterations": trainer.length, "train_images": self.images}
+        self.meta |= {} if self.masks is None else {"train_masks": self.masks}
         if self.main:
             save_provenance(self.config, self.folder)
             self.writer = MetricsWriter(self.folder, start=trainer.iteration)

@@ -11,6 +11,7 @@ from engine.config import RunConfig, Train
 from engine.distributed import Ranks, loader_workers, use_tf32
 from engine.evaluation.evaluate import validate
 from engine.precision import settled
+from engine.training.masks import check_masks, check_wanted
 from engine.training.run import Run
 from engine.training.sampler import GlobalBatches, used_images
 from engine.training.step import Trainer
@@ -24,13 +25,15 @@ def train(config: RunConfig, ranks: Ranks) -> Path:
     config.resume=auto continues from the newest state there. Raises UserError for a user's mistake.
     """
     config = settled(config, ranks.device)
+    check_wanted(config)
     run = Run(config, ranks)
     use_tf32(config.train.tf32)
     train_set = build_train_set(config)
     val_set = build_val_set(config) if config.data.val_split else None
+    masks = None if train_set.masks is None else check_masks(train_set, ranks, run.logger)
     torch.manual_seed(config.seed % 2**63)
     method = build_method(config, len(train_set.classes)).to(ranks.device)
-    state = run.begin(method, train_set)
+    state = run.begin(method, train_set, masks)
     trainer = Trainer(method, config, ranks, training_length(config.train, len(train_set)))
     run.attach(trainer, state)
     del state   # as large as two copies of the weights
