@@ -94,6 +94,30 @@ def threshold_chart(thresholds: Sequence[float], curves: Mapping[str, Sequence[f
     return element("svg", *parts, xmlns="http://www.w3.org/2000/svg", **size)
 
 
+def dot_chart(names: Sequence[str], series: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
+    """An SVG file of mIoUs (shares) of repeated runs: for every series the values of each name, as dots, and a line at
+    their mean."""
+    values = [value for runs in series.values() for one in runs for value in one]
+    ticks = nice_ticks(min(values, default=0.0), max(values, default=1.0))
+    to_x, to_y = _scales(len(names), ticks)
+    parts = [element("style", PICTURE), _grid(ticks, to_y, True)]
+    parts.append(element("text", "mIoU, per cent: a dot a run, a line their mean", x=LEFT, y=TOP - 9))
+    for index, name in enumerate(names):
+        turn = f"translate({to_x(index + 0.6):.1f} {HEIGHT - 10}) rotate(-20)"
+        parts.append(element("text", name, transform=turn, text_anchor="end"))
+    for place, (label, runs) in enumerate(series.items()):
+        colour = COLOURS[place % len(COLOURS)]
+        parts.append(element("text", label, x=LEFT + 6, y=HEIGHT + 44 + 14 * place, style=f"fill:{colour}"))
+        for index, own in enumerate(runs):
+            x = to_x(index + (place + 1) / (len(series) + 1))
+            parts += [element("circle", cx=x, cy=to_y(value), r=2.5, fill=colour) for value in own]
+            if own:
+                y = to_y(sum(own) / len(own))
+                parts.append(element("line", x1=x - 5, x2=x + 5, y1=y, y2=y, stroke=colour))
+    size = {"width": 2 * WIDTH, "viewBox": f"0 0 {WIDTH} {HEIGHT + 40 + 14 * len(series)}"}
+    return element("svg", *parts, xmlns="http://www.w3.org/2000/svg", **size)
+
+
 def chart_data(curves: Sequence[Curve], percent: bool = False) -> dict:
     """The points of a chart, to seven digits, for the page's script."""
     lines = [
