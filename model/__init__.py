@@ -4,10 +4,11 @@ from typing import Any
 
 from model.acr.method import ACR
 from model.afa.method import AFA
+from model.deeplab.method import DeepLab
 from model.method import Method
 from model.more.method import MoRe
 
-METHODS: dict[str, type[Method]] = {"more": MoRe, "afa": AFA, "acr": ACR}
+METHODS: dict[str, type[Method]] = {"more": MoRe, "afa": AFA, "acr": ACR, "deeplab": DeepLab}
 
 
 def build_method(config: Any, num_classes: int) -> Method:

@@ -1,4 +1,4 @@
-"""Batch normalisation over the samples of all processes, on a CPU as on GPUs."""
+"""Batch normalisation: over the samples of all processes, on a CPU as on GPUs; and frozen."""
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,18 @@ class SyncBatchNorm(nn.BatchNorm2d):
         scale = (variance + self.eps).rsqrt().to(values.dtype)
         scale, bias = (scale * self.weight, self.bias) if self.affine else (scale, torch.zeros_like(scale))
         return (centred * scale[:, None, None] + bias[:, None, None]).to(x.dtype)
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` as in evaluation also in training: statistics, weight and bias stay those it starts from."""
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **settings)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm":
+        return super().train(False)
 
 
 class _Sum(torch.autograd.Function):

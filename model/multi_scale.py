@@ -47,26 +47,32 @@ def min_max(maps: Tensor, eps: float = 1e-5) -> Tensor:
 class Fusion(NamedTuple):
     """How the maps of an image's scales and of its mirror become one.
 
-    flip, scales: merge two maps. each: what is done to the map of every scale, last: to the result. from_base: the
-    scales are made from the input of scale 1 and not from the image, and the result has its size. coarse: the maps are
-    fused at the size that the network gives the first of them, and inputs are sampled by the scale itself, not by the
-    quotient of the whole sizes. align_corners: how maps are enlarged.
+    flip, scales: merge two maps. view: what is done to the map of every view, each: to that of every scale, last: to
+    the result. from_base: the scales are made from the input of scale 1 and not from the image, and the result has its
+    size. coarse: the maps are fused at the size that the network gives the first of them. by_scale: inputs are sampled
+    by the scale itself, not by the quotient of the whole sizes. align_corners: how maps are enlarged.
     """
 
     flip: Callable[[Tensor, Tensor], Tensor]
     scales: Callable[[Tensor, Tensor], Tensor]
+    view: Callable[[Tensor], Tensor] = lambda maps: maps
     each: Callable[[Tensor], Tensor] = lambda maps: maps
     last: Callable[[Tensor], Tensor] = lambda maps: maps
     from_base: bool = False
     coarse: bool = False
+    by_scale: bool = False
     align_corners: bool = False
 
 
 # CAM as released: the larger of image and flip, what is positive of it, summed over scales, to [0, 1]
-SUM_OF_POSITIVE = Fusion(torch.maximum, torch.add, torch.relu, min_max, from_base=True)
+SUM_OF_POSITIVE = Fusion(torch.maximum, torch.add, each=torch.relu, last=min_max, from_base=True)
 SUM = SUM_OF_POSITIVE._replace(each=lambda maps: maps)
 # logits: the sum of image and flip, the largest over scales
 LARGEST = Fusion(torch.add, torch.maximum)
+# scores: the mean probability over image, flip and scales, as its logarithm, which a softmax brings to a sum of 1
+MEAN_PROBABILITY = Fusion(
+    torch.add, torch.add, view=lambda maps: maps.softmax(1), last=lambda maps: maps.clamp(min=1e-12).log()
+)
 
 
 def fused_maps(
@@ -93,7 +99,7 @@ def fused_maps(
         for scale in plan.scales:
             size = int(scale * base[0]), int(scale * base[1])
             source = base if fusion.from_base and size != base != own else None
-            factor = scale if fusion.coarse and scale != 1 else None
+            factor = scale if fusion.by_scale and scale != 1 else None
             views.setdefault((source, size, factor, size == base), []).append(kind)
     total: dict[str, Tensor] = {}
     for (source, size, factor, unscaled), needed in views.items():
@@ -109,7 +115,7 @@ def fused_maps(
                 maps = resize(maps, plan.input_size(*own) if fusion.from_base else own, fusion.align_corners)
             elif kind in total:
                 maps = resize(maps, total[kind].shape[-2:])
-            maps = fusion.each(merge_flip(maps, plan.flip, fusion.flip))
+            maps = fusion.each(merge_flip(fusion.view(maps), plan.flip, fusion.flip))
             total[kind] = fusion.scales(total[kind], maps) if kind in total else maps
     return {kind: resize(fusion.last(total[kind]), own) for kind, (_, fusion) in kinds.items()}
 

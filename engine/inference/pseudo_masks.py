@@ -130,10 +130,10 @@ def confident_ids(
     crf: settings of `dense_crf`, which refines the labels of either threshold by itself; a pixel is a class only if it
     is one at `high`, and background only if it is at both (irn's cam_to_ir_label).
     """
-    ids = [threshold(maps, present, value) for value in (high, low)]
+    ids = {value: threshold(maps, present, value) for value in {high, low}}
     if crf is not None:
-        ids = [_refined(one, present, image, crf) for one in ids]
-    sure, possible = ids
+        ids = {value: _refined(one, present, image, crf) for value, one in ids.items()}
+    sure, possible = ids[high], ids[low]
     return torch.where(sure > 0, sure, torch.where(possible == 0, 0, IGNORE)).byte().cpu().numpy()
 
 

@@ -24,7 +24,9 @@ from utils.images import IGNORE
 FROM_PSEUDO_LABELS = ("seg", "affinity", "energy")
 
 # logits: the mean of image and flip, the largest over scales, at the decoder's own size
-MEAN_OF_FLIP = Fusion(lambda maps, mirrored: (maps + mirrored) / 2, torch.maximum, from_base=True, coarse=True)
+MEAN_OF_FLIP = Fusion(
+    lambda maps, mirrored: (maps + mirrored) / 2, torch.maximum, from_base=True, coarse=True, by_scale=True
+)
 FUSIONS = {"cam": SUM_OF_POSITIVE, "affinity_cam": SUM_OF_POSITIVE, "seg": MEAN_OF_FLIP}
 
 

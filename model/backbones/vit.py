@@ -41,7 +41,7 @@ class TokenViT(nn.Module):
         self.class_tokens = slice(registers, registers + classes)
         self.embed_dim, self.grid_size = vit.embed_dim, tuple(vit.patch_embed.grid_size)
         self.patch_embed, self.norm_pre, self.blocks = vit.patch_embed, vit.norm_pre, vit.blocks
-        self.register_buffer("statistics", _to_statistics(vit.pretrained_cfg), persistent=False)
+        self.register_buffer("statistics", to_statistics(vit.pretrained_cfg), persistent=False)
         self.timm_statistics = timm_statistics
         for block in self.blocks:
             if RecomputingMlp.fits(getattr(block, "mlp", None)):
@@ -192,7 +192,7 @@ def _not_plain(vit: nn.Module, hybrid: bool) -> str | None:
     return None
 
 
-def _to_statistics(cfg: dict) -> Tensor:
+def to_statistics(cfg: dict) -> Tensor:
     """(2, 3, 1, 1): the gain and the shift that bring images from ImageNet's mean and std to those of timm's `cfg`."""
     mean, std, own_mean, own_std = map(torch.tensor, (MEAN, STD, cfg["mean"], cfg["std"]))
     return torch.stack([std / own_std, (mean - own_mean) / own_std])[..., None, None]
