@@ -48,7 +48,7 @@ class DeepLab(Method):
             return {"seg": torch.stack(terms).sum()}
 
     def param_groups(self, train: Any) -> list[dict]:
-        """Backbone, and decoder with `head_lr_factor` times its rate; of v2 its biases with twice that and without decay
+        """Backbone, and decoder with `head_lr_factor` times its rate; of v2 biases with twice that, without decay
         [kazuto1011]. What is frozen is in none."""
         net, head_lr = self.network, train.lr * train.head_lr_factor
         learning = [parameter for parameter in net.backbone.parameters() if parameter.requires_grad]
