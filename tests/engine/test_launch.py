@@ -83,7 +83,9 @@ def run_train(root, *arguments, devices="cpu", count=1, port="auto", **environme
     return run(root, "run_train.sh", "scripts/train_voc.py", devices, count, port, *arguments, **environment)
 
 
-@pytest.mark.parametrize("launcher", ["run_train.sh", "run_evaluate_voc.sh", "run_evaluate_seg_coco.sh"])
+@pytest.mark.parametrize("launcher", [
+    "run_train.sh", "run_evaluate_voc.sh", "run_evaluate_seg_coco.sh", "run_pipeline.sh",
+])
 def test_too_few_arguments_print_the_usage(house, launcher):
     result = run(house, launcher, "cpu")
     assert result.returncode == 2 and result.stderr.startswith(f"usage: bash {launcher} ")
