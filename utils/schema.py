@@ -113,7 +113,7 @@ def in_words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join([in_words(part) for part in parts if part is not type(None)] + ["null"])
     if origin is Literal:
-        return " or ".join(parts)
+        return " or ".join(map(str, parts))
     if origin is tuple:
         many = "a list, each element" if Ellipsis in parts else f"a list of {len(parts)}, each"
         return f"{many} {in_words(parts[0])}"

@@ -1,10 +1,15 @@
 """The keys of DeepLab's own sections. Sources: papers (v2: TPAMI 2018, v3+: ECCV 2018), kazuto1011 (deeplab-pytorch,
 the v2 that the field trains on pseudo masks), ours."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from model.method import ModelSection
 from utils.schema import Count, FilePath, Number, Scales, Section, Text, key
+
+# files and the command line give texts
+Stride = Annotated[Literal[8, 16], BeforeValidator(lambda given: int(given) if str(given).isdecimal() else given)]
 
 
 class Model(ModelSection):
@@ -15,7 +20,7 @@ class Model(ModelSection):
         "resnet101", "paper: a ResNet of timm; a plain timm ViT for largefov", resets={"backbone_args": {}}
     )
     weights: FilePath | None = key("timm", "ours: ImageNet's; or a file, of torchvision's or kazuto1011's names")
-    output_stride: Literal[8, 16] = key(8, "paper of v2; v3+ trains at 16: of a ResNet's last stage")
+    output_stride: Stride = key(8, "paper of v2; v3+ trains at 16: of a ResNet's last stage")
     batch_norm: Literal["frozen", "synced"] = key(
         "frozen", "kazuto1011: of the ResNet, neither statistics nor weights learn; synced: over all processes"
     )

@@ -37,11 +37,18 @@ def test_every_config_of_the_project_loads(path):
     assert load_config(path.stem) == load_config(path)
 
 
-def test_config_of_a_run_loads_again(tmp_path):
-    config = load_config("more_coco", ["tag=x", "model.backbone_args={depth: 2}"])
+@pytest.mark.parametrize("name", ["more_coco", "deeplab_voc"])
+def test_config_of_a_run_loads_again(tmp_path, name):
+    config = load_config(name, ["tag=x", "model.backbone_args={depth: 2}"])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert int(read_yaml(tmp_path / "config.yaml")["schema"]) == SCHEMA
+
+
+def test_a_number_out_of_a_few():
+    assert load_config("deeplab_voc", ["model.output_stride=16"]).model.output_stride == 16
+    with pytest.raises(UserError, match="model.output_stride = 4 on the command line: expected 8 or 16"):
+        load_config("deeplab_voc", ["model.output_stride=4"])
 
 
 def test_coco_differs_from_voc_where_the_reference_does():
