@@ -1,6 +1,6 @@
 """timm's ResNets with dilated stages, as DeepLab takes them, in torchvision's form or in Caffe's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -15,6 +15,7 @@ from utils.errors import UserError, did_you_mean
 from utils.images import MEAN, STD
 
 CAFFE_MEAN = (122.675, 116.669, 104.008)   # RGB of 0..255 [kazuto1011]
+DILATIONS = {8: (1, 1, 2, 4), 16: (1, 1, 1, 2)}   # of the stages, by output stride
 HEAD, COUNTER = "fc.", ".num_batches_tracked"   # of an image classifier's file; left out of old ones
 
 
@@ -40,7 +41,7 @@ class DilatedResNet(nn.Module):
         self.low_channels, self.channels = (resnet.feature_info[stage]["num_chs"] for stage in (1, 4))
         self.caffe = caffe
         if caffe:
-            self._in_caffes_form(name)
+            self._in_caffes_form(name, DILATIONS[output_stride])
         statistics = _to_caffe() if caffe else to_statistics(resnet.pretrained_cfg) if timm_statistics else None
         self.register_buffer("statistics", statistics, persistent=False)
 
@@ -62,14 +63,15 @@ class DilatedResNet(nn.Module):
         check_keys(weights, {key: tuple(value.shape) for key, value in own.items()}, "start weights")
         self.load_state_dict(weights)
 
-    def _in_caffes_form(self, name: str) -> None:
+    def _in_caffes_form(self, name: str, dilations: Sequence[int]) -> None:
         self.maxpool.ceil_mode = True
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        stages = self.layer1, self.layer2, self.layer3, self.layer4
+        for stage, dilation in zip(stages, dilations, strict=True):
             for block in stage:
                 if not isinstance(block, Bottleneck) or not isinstance(self.conv1, nn.Conv2d):
                     raise UserError(f"model.variant=caffe: {name} is no plain ResNet of bottlenecks, such as resnet101")
                 block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
-                block.conv2.dilation = block.conv2.padding = stage[-1].conv2.dilation
+                block.conv2.dilation = block.conv2.padding = (dilation, dilation)
 
 
 def _resnet(name: str, args: dict[str, Any]) -> ResNet:
@@ -77,7 +79,7 @@ def _resnet(name: str, args: dict[str, Any]) -> ResNet:
         network = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **args)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         known = "" if timm.is_model(name) else did_you_mean(name, timm.list_models("resnet*"))
-        raise UserError(f"model.backbone={name}: {str(error) or 'timm cannot build it'}{known}") from None
+        raise UserError(f"model.backbone={name}: no ResNet such as resnet101{known}; timm says: {error}") from None
     if not isinstance(network, ResNet) or not isinstance(network.maxpool, nn.MaxPool2d):
         raise UserError(f"model.backbone={name}: no ResNet such as resnet101, timm makes a {type(network).__name__}")
     return network

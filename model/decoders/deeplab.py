@@ -53,7 +53,7 @@ class DeepLabV3PlusHead(nn.Module):
         parts = [branch(x) for branch in self.branches]
         parts.append(self.pooled(x).expand_as(parts[0]))
         x = resize(self.project(torch.cat(parts, 1)), low.shape[-2:])
-        return self.classifier(self.fuse(torch.cat([self.low(low), x], 1)))
+        return self.classifier(self.fuse(torch.cat([x, self.low(low)], 1)))
 
 
 def _conv(in_channels: int, out_channels: int, size: int, dilation: int = 1) -> nn.Sequential:
