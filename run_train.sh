@@ -6,7 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ $# -lt 5 ]; then
     cat >&2 <<'USAGE'
 usage: bash run_train.sh SCRIPT DEVICES COUNT PORT TAG [config=NAME] [key=value ...]
-  SCRIPT   scripts/train_voc.py or scripts/train_coco.py
+  SCRIPT   scripts/train_voc.py, train_coco.py, or train_seg.py for a second stage
   DEVICES  cpu, or GPU ids such as 0,1
   COUNT    number of processes, with GPUs the number of ids
   PORT     a free port such as 29500, or auto

@@ -109,6 +109,7 @@ class Run:
         facts = batch, world, batch // world, self.ranks.device, config.train.lr, config.train.precision
         self.logger.info("global batch %d = %d process(es) x %d on %s, lr %.3g, %s", *facts)
         norms = [part for part in self.trainer.method.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        norms = [norm for norm in norms if norm.training]   # frozen ones have none
         own = any(not isinstance(norm, SyncBatchNorm | nn.SyncBatchNorm) for norm in norms)
         if world > 1 and own:
             self.logger.warning("batch norm: each process's own statistics: the number of processes changes the run")
