@@ -1,8 +1,8 @@
 """From image-level labels to a network of a second stage: commands in a row, each skipped where it is done already.
 
 OUTPUT/TAG holds first/ and second/ (runs), masks/ (pseudo masks), report.html and pipeline.json, which notes with what
-each step was done, and the scores. A step is done again where its arguments or the files it reads are not those of
-then; DEVICES and COUNT may change, as no score depends on them.
+each step was done, and the scores. A step is done again where its arguments, the files it reads, or its images and
+their labels are not those of then; DEVICES and COUNT may change, as no score depends on them.
 """
 
 import contextlib
@@ -122,7 +122,13 @@ class Pipeline:
         arguments = [stage, f"config={self.names[stage]}", *self.settings[stage], *more]
         arguments += [f"output={self.folder}", "resume=auto"]
         config = hashlib.sha256(json.dumps(portable(self.configs[stage])).encode()).hexdigest()   # its file may change
-        return Step(launcher, arguments, {"config": config, **_hashes(reads)})
+        return Step(launcher, arguments, {"config": config, **self._images(stage), **_hashes(reads)})
+
+    @functools.cache   # noqa: B019
+    def _images(self, stage: str, split: str | None = None) -> dict[str, str]:
+        """split: None for data.train_split."""
+        config = self.configs[stage]
+        return {"images": build_image_set(config, split or config.data.train_split).identity()}
 
     def _evaluation(self, stage: str) -> Step | str:
         config, split, launcher = self.configs[stage], [], ["bash", f"{ROOT}/run_evaluate_voc.sh", *self.where]
@@ -132,7 +138,8 @@ class Pipeline:
             launcher = ["bash", f"{ROOT}/run_evaluate_seg_coco.sh", f"{ROOT}/tools/infer_seg_coco.py", *self.where]
             split = [config.data.val_split]
         weights, crf = self._weights(stage), f"evaluate.crf={shown(config.evaluate.crf)}"
-        return Step(launcher, [*split, str(weights), *self._for_tools(stage), crf], _hashes({"weights": weights}))
+        reads = _hashes({"weights": weights}) | self._images(stage, config.data.val_split)
+        return Step(launcher, [*split, str(weights), *self._for_tools(stage), crf], reads)
 
     evaluate_first = functools.partialmethod(_evaluation, "first")
     evaluate_second = functools.partialmethod(_evaluation, "second")
@@ -164,16 +171,16 @@ class Pipeline:
         return self._tool("tools/export_masks.py", "--output", str(self.masks), *threshold, *settings)
 
     def report(self) -> Step:
-        runs = [self._weights(stage).parents[1] for stage in self.names]
-        arguments = [*map(str, runs), "--output", str(self.made["report"])]
-        results = {run.name: self.made[f"evaluate_{run.name}"] for run in runs}
-        return Step([sys.executable, f"{ROOT}/tools/make_report.py"], arguments, _hashes(results))
+        weights = {f"{stage}_weights": self._weights(stage) for stage in self.names}
+        arguments = [*(str(self.folder / stage) for stage in self.names), "--output", str(self.made["report"])]
+        results = {stage: self.made[f"evaluate_{stage}"] for stage in self.names}
+        return Step([sys.executable, f"{ROOT}/tools/make_report.py"], arguments, _hashes(results | weights))
 
     def _tool(self, tool: str, *arguments: str) -> Step:
         """One that makes the map of the pseudo masks on the images that are trained on."""
         weights, launcher = self._weights("first"), [sys.executable, f"{ROOT}/engine/launch.py", f"{ROOT}/{tool}"]
         given = [str(weights), "--map", self.kind, "--split", self.split, *arguments]
-        return Step([*launcher, *self.where, "auto"], given, _hashes({"weights": weights}))
+        return Step([*launcher, *self.where, "auto"], given, _hashes({"weights": weights}) | self._images("first"))
 
     def _for_tools(self, stage: str) -> list[str]:
         return [item for item in self.settings[stage] if not item.startswith(NOT_FOR_TOOLS)]
@@ -197,9 +204,14 @@ class Pipeline:
         return {"arguments": arguments, "root": self.root, **step.reads}
 
     def _has_ended(self, name: str, inputs: dict | None = None) -> bool:
-        """Whether a step ended, with these inputs where they are given, and what it made is there."""
+        """Whether a step ended, with these inputs where they are given, and what it made is there.
+
+        A record without one of them was written before that was noted.
+        """
         record = self.steps.get(name)
-        if record is None or not (record["done"] or "kept" in record) or inputs not in (None, record["inputs"]):
+        if record is None or not (record["done"] or "kept" in record):
+            return False
+        if inputs is not None and inputs | record["inputs"] != inputs:
             return False
         return self.made[name].is_file() if name in self.made else self._last(name.removeprefix("train_")) is not None
 

@@ -19,7 +19,7 @@ class Model(ModelSection):
     backbone: Text = key(
         "resnet101.tv_in1k", "paper: a ResNet of timm; a plain timm ViT for largefov", resets={"backbone_args": {}}
     )
-    weights: FilePath | None = key("timm", "ours: ImageNet's of torchvision; or a file, under its names or kazuto1011's")
+    weights: FilePath | None = key("timm", "ours: ImageNet's of torchvision; or a file, in its names or kazuto1011's")
     output_stride: Stride = key(8, "paper of v2; v3+ trains at 16: of a ResNet's last stage")
     batch_norm: Literal["frozen", "synced"] = key(
         "frozen", "kazuto1011: of the ResNet, neither statistics nor weights learn; synced: over all processes"

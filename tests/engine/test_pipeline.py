@@ -193,6 +193,43 @@ def test_what_is_not_swept(tiny_voc):
         assert pipeline.Pipeline("cpu", "1", "tag", asked).sweep().startswith(reason)
 
 
+@pytest.mark.parametrize(("edit", "steps"), [
+    (lambda root, run: edit_labels(root, "tiny_000"), {"train_first", "sweep"}),
+    (lambda root, run: edit_labels(root, "tiny_011"), {"evaluate_first", "evaluate_second"}),
+    (lambda root, run: (root / "ImageSets/Segmentation/val.txt").write_text("tiny_009\n"),
+     {"evaluate_first", "evaluate_second"}),
+    (lambda root, run: (run / "second/weights").write_text("others"), {"evaluate_second", "report"}),
+])
+def test_what_is_done_again(tiny_voc, tmp_path, monkeypatch, edit, steps):
+    """The images of a split, their labels, the weights; a record of before these were noted stays."""
+    monkeypatch.setattr(pipeline.Pipeline, "_last", lambda self, stage: self.folder / stage / "weights")
+    asked = [*SECOND, f"data.root={tiny_voc}", f"output={tmp_path}"]
+
+    def inputs() -> dict[str, dict]:
+        one = pipeline.Pipeline("cpu", "1", "tag", asked)
+        one.steps = {}
+        names = "train_first", "evaluate_first", "sweep", "evaluate_second", "report"
+        return {name: one._inputs(getattr(one, name)()) for name in names}
+
+    for stage in ("first", "second"):
+        (tmp_path / "tag" / stage).mkdir(parents=True)
+        (tmp_path / "tag" / stage / "weights").write_text(stage)
+    before = inputs()
+    edit(tiny_voc, tmp_path / "tag")
+    after = inputs()
+    assert {name for name in after if after[name] != before[name]} == steps
+    one = pipeline.Pipeline("cpu", "1", "tag", asked)
+    for noted, ended in ((before, {*before} - steps), ({name: {} for name in before}, {*before})):
+        one.steps = {name: {"done": True, "inputs": noted[name]} for name in before}
+        one.made = {}
+        assert {name for name in before if one._has_ended(name, after[name])} == ended
+
+
+def edit_labels(root: Path, name: str) -> None:
+    labels = json.loads((root / "labels.json").read_text())
+    (root / "labels.json").write_text(json.dumps(labels | {name: ["person"]}))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_command_ends_with_the_pipeline(tmp_path, number, code):
     child = tmp_path / "child"
