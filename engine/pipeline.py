@@ -115,6 +115,8 @@ class Pipeline:
     def train_second(self) -> Step:
         if not self._has_ended("export"):
             raise UserError(f"{self.masks}: no whole pseudo masks: the step export makes them")
+        if not self._has_ended("export", self._inputs(self.export())):
+            raise UserError(f"{self.masks}: of other weights or settings: the step export makes new ones")
         return self._training("second", "scripts/train_seg.py", f"data.masks={self.masks}", masks=self.made["export"])
 
     def _training(self, stage: str, script: str, *more: str, **reads: Path) -> Step:

@@ -141,3 +141,20 @@ def test_tools(run, tmp_path, capsys):
     made = HubMethod.from_checkpoint(str(tmp_path / "released")).maps(images, ["seg"])["seg"]
     best = HubMethod(open_checkpoint(str(folder / "checkpoints/best.weights.safetensors")), {})
     assert made.shape == (1, 21, 64, 64) and torch.equal(made, best.maps(images, ["seg"])["seg"])
+
+
+@pytest.mark.slow
+def test_pipeline(voc_root, tmp_path):
+    """Through run_pipeline.sh itself: both stages, and nothing twice."""
+    second = [item for item in [*SETTINGS, *LARGEFOV] if not item.startswith("config=")]
+    given = ["cpu", 1, "whole", f"data.root={voc_root}", f"output={tmp_path}", "crf=false", "images=4"]
+    given += [*(f"first.{item}" for item in tiny.SETTINGS), *(f"second.{item}" for item in second)]
+    done = tiny.bash("run_pipeline.sh", *given, timeout=600)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "whole/pipeline.json").read_text())["scores"]
+    assert [row["map"] for row in scores["first"]] == ["cam", "lam", "seg"]
+    (row,) = scores["second"]
+    assert row["method"] == "deeplab" and row["image_labels"] is None and row["input"] == 64
+    assert f"learns from 8 masks (data.masks={tmp_path / 'whole/masks'})" in done.stdout
+    again = tiny.bash("run_pipeline.sh", *given)
+    assert again.returncode == 0 and again.stdout.count(": done already\n") == 7, again.stderr

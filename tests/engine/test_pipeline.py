@@ -180,6 +180,13 @@ def test_only(whole, tmp_path):
     assert_one_line(run(root, tmp_path, "only=export"), "no threshold for these weights and settings: the step sweep")
 
 
+def test_a_second_stage_alone_takes_no_masks_of_other_settings(whole):
+    root, output, _ = whole
+    assert "train_second: done already\n" in run(root, output, "only=train_second").stdout
+    for setting, step in (("map=cam", "sweep"), ("first.evaluate.flip=false", "sweep"), ("crf=false", "export")):
+        assert_one_line(run(root, output, "only=train_second", setting), f": the step {step} ")
+
+
 def test_one_at_a_time(whole):
     root, output, _ = whole
     with lock(output / "tag"):
