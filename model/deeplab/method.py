@@ -37,6 +37,9 @@ class DeepLab(Method):
         if m.architecture == "deeplabv3plus" and config.train.batch_size < 2:
             raise UserError("train.batch_size=1: the batch norm of deeplabv3plus needs 2 images or more")
         self.network = DeepLabNetwork(m, num_classes)
+        side = int(min(config.loss.scales) * config.data.crop_size)
+        if side < (1 if resnet else max(self.network.backbone.patch_size)):
+            raise UserError(f"loss.scales={min(config.loss.scales)}: data.crop_size has {side} pixels then, too few")
 
     def losses(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Cross entropy with the masks (v2, section 4.1): at every scale of `loss.scales`, and at their maximum."""

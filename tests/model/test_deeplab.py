@@ -224,6 +224,8 @@ def test_every_parameter_learns(settings: list[str], images: Tensor) -> None:
     (["model.output_stride=32"], "expected 8 or 16"),
     (["model.backbone=vit_tiny_patch16_224"], "no ResNet such as resnet101"),
     (["model.architecture=largefov", "model.backbone=resnet50"], "not a plain ViT"),
+    ([*LARGEFOV, "data.crop_size=64", "loss.scales=[1.0,0.1]"], "loss.scales=0.1: data.crop_size has 6 pixels then"),
+    ([*V3PLUS, "loss.scales=[0.002]"], "0 pixels then, too few"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_does_not_go_together_is_one_line(settings: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
