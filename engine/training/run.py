@@ -21,7 +21,7 @@ from engine.inference.pictures import training_picture
 from engine.provenance import save_provenance
 from engine.training.resume import check_same_run
 from engine.training.step import Trainer
-from model.batch_norm import SyncBatchNorm
+from model.batch_norm import FrozenBatchNorm, SyncBatchNorm
 from model.method import Method
 from utils.batch import Batch
 from utils.errors import UserError
@@ -108,8 +108,8 @@ class Run:
         self.logger.info("%d training images (%s), %s, %d classes", *facts)
         facts = batch, world, batch // world, self.ranks.device, config.train.lr, config.train.precision
         self.logger.info("global batch %d = %d process(es) x %d on %s, lr %.3g, %s", *facts)
-        norms = [part for part in self.trainer.method.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        norms = [norm for norm in norms if norm.training]   # frozen ones have none
+        norms = [part for part in self.trainer.method.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
+                 and not isinstance(part, FrozenBatchNorm)]
         own = any(not isinstance(norm, SyncBatchNorm | nn.SyncBatchNorm) for norm in norms)
         if world > 1 and own:
             self.logger.warning("batch norm: each process's own statistics: the number of processes changes the run")

@@ -17,7 +17,7 @@ from engine.training import train
 from engine.training.run import Run
 from engine.training.step import Trainer
 from model import METHODS
-from model.batch_norm import SyncBatchNorm
+from model.batch_norm import FrozenBatchNorm, SyncBatchNorm
 from tests import tiny
 from tests.toy import method
 from utils.config import read_yaml
@@ -162,7 +162,7 @@ def test_one_training_at_a_time_and_nothing_to_resume(voc_root, tmp_path):
 @pytest.mark.parametrize("world, layer, said", [
     (2, nn.BatchNorm2d, "batch norm: each process's own statistics: the number of processes changes the run"),
     (2, SyncBatchNorm, "batch norm: statistics over all"), (2, nn.SyncBatchNorm, "batch norm: statistics over all"),
-    (2, nn.Identity, ""), (1, nn.BatchNorm2d, ""),
+    (2, nn.Identity, ""), (1, nn.BatchNorm2d, ""), (2, FrozenBatchNorm, ""),
 ])
 def test_whose_batch_statistics_is_said(tmp_path, monkeypatch, world, layer, said):
     monkeypatch.setitem(METHODS, "toy", method.Toy)
