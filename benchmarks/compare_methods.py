@@ -23,6 +23,7 @@ from pathlib import Path
 
 from engine.launch import run_script
 from benchmarks.comparison import OWN, chart, is_stage, markdown, read_json, rows_of_run, table, tag_of
+from engine.checkpoints.files import last_weights
 from engine.config import find_config, load_config
 from report.private import public
 from report.run import read_run
@@ -155,8 +156,7 @@ def upper_bound(state: dict, config: str, seed: int, options: argparse.Namespace
     own = [*settings, f"seed={seed}", "data.masks=own"]
     if code := train("scripts/train_seg.py", tag, options.second, own, options):
         return code
-    checkpoints = (options.folder / tag / "checkpoints").glob("iter_*.weights.safetensors")
-    weights = max(checkpoints, key=lambda path: (len(path.name), path.name))
+    weights = last_weights(options.folder / tag / "checkpoints")
     if any(Path(row["checkpoint"]).name == weights.name for row in rows_of_run(options.folder / tag)):
         return 0
     settings = [item for item in settings if not item.startswith(("train.", "loss.", "model."))]

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 from engine.launch import USER_ERROR_CODE
 from datasets import ROOT_VARIABLES, build_image_set
-from engine.checkpoints.files import read_meta
+from engine.checkpoints.files import last_weights, read_meta
 from engine.config import RunConfig, load_config, portable
 from engine.evaluation.results import title
 from engine.inference.plan import seed_kind
@@ -195,8 +195,7 @@ class Pipeline:
         return weights
 
     def _last(self, stage: str) -> Path | None:
-        found = (self.folder / stage / "checkpoints").glob("iter_*.weights.safetensors")
-        last = max(found, key=lambda path: (len(path.name), path.name), default=None)
+        last = last_weights(self.folder / stage / "checkpoints")
         meta = read_meta(last) if last else {}
         return last if last and meta["iteration"] == meta["iterations"] else None
 

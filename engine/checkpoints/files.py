@@ -182,6 +182,12 @@ def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch
             path.unlink()
 
 
+def last_weights(folder: Path) -> Path | None:
+    """The weights of the latest iteration in a run's checkpoints, None where there are none."""
+    found = folder.glob("iter_*.weights.safetensors")
+    return max(found, key=lambda path: (len(path.name), path.name), default=None)   # from a million on names are longer
+
+
 def newest_state(folder: Path) -> dict | None:
     """The newest whole state in `folder` with whole weights: `iteration`, the iterations done, and `optimizer`.
 

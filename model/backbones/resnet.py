@@ -39,7 +39,6 @@ class DilatedResNet(nn.Module):
         self.conv1, self.bn1, self.act1, self.maxpool = resnet.conv1, resnet.bn1, resnet.act1, resnet.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
         self.low_channels, self.channels = (resnet.feature_info[stage]["num_chs"] for stage in (1, 4))
-        self.caffe = caffe
         if caffe:
             self._in_caffes_form(name, DILATIONS[output_stride])
         statistics = _to_caffe() if caffe else to_statistics(resnet.pretrained_cfg) if timm_statistics else None
@@ -59,7 +58,7 @@ class DilatedResNet(nn.Module):
         """
         own = self.state_dict()
         weights = {key: value for key, value in weights.items() if not key.startswith(HEAD)}
-        weights = {**{key: value for key, value in own.items() if key.endswith(COUNTER)}, **weights}
+        weights = with_counters(weights, own)
         check_keys(weights, {key: tuple(value.shape) for key, value in own.items()}, "start weights")
         self.load_state_dict(weights)
 
@@ -72,6 +71,11 @@ class DilatedResNet(nn.Module):
                     raise UserError(f"model.variant=caffe: {name} is no plain ResNet of bottlenecks, such as resnet101")
                 block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
                 block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+
+
+def with_counters(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the counters of batch norm, which old files lack, of our own state dict."""
+    return {**{key: value for key, value in own.items() if key.endswith(COUNTER)}, **weights}
 
 
 def _resnet(name: str, args: dict[str, Any]) -> ResNet:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from model.backbones.resnet import COUNTER, HEAD
+from model.backbones.resnet import HEAD, with_counters
 from model.backbones.start_weights import check_keys
 from model.method import Released
 
@@ -54,7 +54,7 @@ def from_official(weights: dict[str, Tensor], network: nn.Module) -> dict[str, T
     heads = {our_name(key): value for key, value in weights.items() if our_name(key).startswith("decoder.")}
     made = heads | {f"backbone.{name}": value for name, value in backbone_of(weights).items()}
     own = network.state_dict()
-    made = {**{key: value for key, value in own.items() if key.endswith(COUNTER)}, **made}
+    made = with_counters(made, own)
     check_keys(made, {name: tuple(value.shape) for name, value in own.items()}, "official DeepLab weights")
     return made
 

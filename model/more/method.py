@@ -118,9 +118,8 @@ class MoRe(Method):
     def param_groups(self, train: Any) -> list[dict]:
         """Encoder, its tokens if `model.token_lr_factor` is not 1, encoder norms, classifiers, GCR, decoder; the last
         three learn `head_lr_factor` times faster."""
-        net, lr, head_lr, token_factor = self.network, train.lr, train.lr * train.head_lr_factor, (
-            self.config.model.token_lr_factor
-        )
+        net, lr, head_lr = self.network, train.lr, train.lr * train.head_lr_factor
+        token_factor = self.config.model.token_lr_factor
         others, norms = norms_apart(net.backbone)
         classifiers = [*net.classifier.parameters(), *net.aux_classifier.parameters()]
         tokens = [net.backbone.tokens, net.backbone.token_pos] if token_factor != 1 else []
