@@ -23,9 +23,11 @@ TUNED = {   # as docs/schedules.md says
     "afa_shapes": "radius out of two values, and the background of the affinity CAM, by scores on val",
     "acr_shapes": "nothing: the first schedule that was tried",
     "more_acr_shapes": "nothing beyond more_shapes; the weight of its two terms was chosen before any run",
-    "more_voc_animals": "rates and stages by trial",
+    "more_voc_animals": "rates and stages by trial, by losses; the rate of the tokens is the first that was tried",
     "afa_voc_animals": "nothing: the first schedule that was tried",
     "acr_voc_animals": "optimizer and rates by trial, three of them",
+    "deeplab_shapes": "rate and iterations by trial, on the pseudo masks of more_shapes with seed 0, scored on val",
+    "deeplab_voc_animals": "nothing: the first schedule that was tried",
 }
 LEGEND = """mIoU in per cent: mean ± sample standard deviation (n - 1) over the seeds, whose number is in brackets; one
 seed has no spread. Scores are of the last weights of a run. Localisation map: of the kinds of map that image labels

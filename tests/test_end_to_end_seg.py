@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import random
+import re
+import signal
+import subprocess
+import time
 
 import pytest
 import torch
@@ -158,3 +164,43 @@ def test_pipeline(voc_root, tmp_path):
     assert f"learns from 8 masks (data.masks={tmp_path / 'whole/masks'})" in done.stdout
     again = tiny.bash("run_pipeline.sh", *given)
     assert again.returncode == 0 and again.stdout.count(": done already\n") == 7, again.stderr
+
+
+@pytest.mark.slow
+def test_pipeline_killed_at_random(tmp_path):
+    """On shapes: twice killed, somewhere in its time, a pipeline ends as one that was not."""
+    short = ["crf.iterations=2", "data.shapes.train=48", "data.shapes.val=24", "images=24", "train.checkpoint_every=10"]
+    short += ["first.train.iterations=60", "second.train.iterations=40", "train.validate_every=30", "train.log_every=5"]
+    short += ["first.loss.start_after.seg=20", "first.loss.start_after.energy=20", "train.validate_images=8"]
+
+    def start(output):
+        given = ["bash", tiny.ROOT / "run_pipeline.sh", "cpu", "1", "tag", "first=more_shapes", "second=deeplab_shapes"]
+        log = (output.parent / f"{output.name}.log").open("a")
+        return subprocess.Popen([*given, f"output={output}", *short], stdout=log, stderr=log, start_new_session=True)
+
+    begun = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    seconds, draw = time.monotonic() - begun, random.Random(os.environ.get("KILL_SEED"))
+    moments = [draw.uniform(5, 0.7 * seconds) for _ in range(2)]
+    for moment in moments:
+        process = start(tmp_path / "killed")
+        time.sleep(moment)
+        assert process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)   # the launcher's shell has become the pipeline; what it started ends with it
+        process.wait()
+    assert start(tmp_path / "killed").wait() == 0
+    whole, killed = (tmp_path / name / "tag" for name in ("whole", "killed"))
+    steps = re.findall("^([a-z]+_?[a-z]*): bash", (tmp_path / "killed.log").read_text(), re.MULTILINE)
+    print(f"{seconds:.0f} s, killed after {' and '.join(f'{moment:.1f}' for moment in moments)} s; started: {steps}")
+    for stage, iteration in (("first", 60), ("second", 40)):
+        tiny.assert_same_weights(*(tiny.last_weights(run / stage, iteration) for run in (whole, killed)))
+    masks = [{path.name: path.read_bytes() for path in (run / "masks").glob("*.png")} for run in (whole, killed)]
+    assert len(masks[0]) == 48 and masks[0] == masks[1]
+    assert _scores(whole) == _scores(killed)
+
+
+def _scores(folder):
+    """Of pipeline.json, without what every run has anew."""
+    scores = json.loads((folder / "pipeline.json").read_text())["scores"]
+    text = json.dumps(scores).replace(str(folder.parent), "")
+    return re.sub(r'"(seconds|evaluation)": ("[^"]*"|[\d.]+)', "", text)
