@@ -186,11 +186,11 @@ def test_pipeline_killed_at_random(tmp_path):
         process = start(tmp_path / "killed")
         time.sleep(moment)
         assert process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)   # the launcher's shell has become the pipeline; what it started ends with it
+        os.kill(process.pid, signal.SIGKILL)   # the shell has become the pipeline, with which its steps end
         process.wait()
     assert start(tmp_path / "killed").wait() == 0
     whole, killed = (tmp_path / name / "tag" for name in ("whole", "killed"))
-    steps = re.findall("^([a-z]+_?[a-z]*): bash", (tmp_path / "killed.log").read_text(), re.MULTILINE)
+    steps = re.findall("^([a-z_]+): (?:bash|/)", (tmp_path / "killed.log").read_text(), re.MULTILINE)
     print(f"{seconds:.0f} s, killed after {' and '.join(f'{moment:.1f}' for moment in moments)} s; started: {steps}")
     for stage, iteration in (("first", 60), ("second", 40)):
         tiny.assert_same_weights(*(tiny.last_weights(run / stage, iteration) for run in (whole, killed)))
