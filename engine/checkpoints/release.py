@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from engine.checkpoints.files import BEST, read_meta, save_weights
+from engine.checkpoints.files import BEST, last_weights, read_meta, save_weights
 from engine.checkpoints.model_card import model_card
 from engine.checkpoints.opening import SUMS, Opened, open_checkpoint
 from engine.config import load_config, load_settings, portable
@@ -96,19 +96,19 @@ def registry_row(
 
 def _checkpoint(run: Path, weights: str | None, unfinished: bool) -> Path:
     """The weights file of the run, see `release`. Raises UserError where the run is not finished, or lacks a file."""
-    iterated = sorted(path.name for path in (run / "checkpoints").glob("iter_*.weights.safetensors"))
+    best, last = run / "checkpoints" / BEST, last_weights(run / "checkpoints")
     if weights is None:
-        weights = BEST if (run / "checkpoints" / BEST).is_file() or not iterated else iterated[-1]
+        weights = BEST if best.is_file() or last is None else last.name
     for needed in ("config.yaml", "train.log", "metrics.jsonl", f"checkpoints/{weights}"):
         if not (run / needed).is_file():
             raise UserError(f"{run / needed}: no such file; a release is made of the folder of a run")
-    newest = run / "checkpoints" / (iterated[-1] if iterated else weights)
-    iterations = read_meta(newest).get("iterations") or load_config(run / "config.yaml").train.iterations
-    done = [int(re.findall(r"\d+", name)[0]) for name in iterated]
-    if not unfinished and iterations not in done:
+    meta = read_meta(last or run / "checkpoints" / weights)
+    iterations = meta.get("iterations") or load_config(run / "config.yaml").train.iterations
+    done = int(re.findall(r"\d+", last.name)[0]) if last else 0
+    if not unfinished and done < iterations:
         raise UserError(
-            f"{run}: {max(done, default=0)} of {iterations} iterations are done; continue it with resume=auto, or "
-            "release it with --unfinished"
+            f"{run}: {done} of {iterations} iterations are done; continue it with resume=auto, or release it with "
+            "--unfinished"
         )
     return run / "checkpoints" / weights
 
