@@ -25,6 +25,7 @@ from engine.launch import run_script
 from benchmarks.comparison import OWN, chart, is_stage, markdown, read_json, rows_of_run, table, tag_of
 from engine.checkpoints.files import last_weights
 from engine.config import find_config, load_config
+from engine.pipeline import NOT_FOR_TOOLS, evaluator
 from report.private import public
 from report.run import read_run
 from utils.cli import Parser, count
@@ -159,8 +160,8 @@ def upper_bound(state: dict, config: str, seed: int, options: argparse.Namespace
     weights = last_weights(options.folder / tag / "checkpoints")
     if any(Path(row["checkpoint"]).name == weights.name for row in rows_of_run(options.folder / tag)):
         return 0
-    settings = [item for item in settings if not item.startswith(("train.", "loss.", "model."))]
-    return call(["bash", ROOT / "run_evaluate_voc.sh", options.devices, options.count, weights, *settings])
+    launcher, split = evaluator(load_config(options.second, own).data, (options.devices, options.count))
+    return call([*launcher, *split, weights, *(item for item in settings if not item.startswith(NOT_FOR_TOOLS))])
 
 
 def settings_of(options: argparse.Namespace, stage: str) -> list[str]:

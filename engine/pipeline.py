@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 
 from engine.launch import USER_ERROR_CODE
 from datasets import ROOT_VARIABLES, build_image_set
+from datasets.config import Data
 from engine.checkpoints.files import last_weights, read_meta
 from engine.config import RunConfig, load_config, portable
 from engine.evaluation.results import title
@@ -133,12 +134,10 @@ class Pipeline:
         return {"images": build_image_set(config, split or config.data.train_split).identity()}
 
     def _evaluation(self, stage: str) -> Step | str:
-        config, split, launcher = self.configs[stage], [], ["bash", f"{ROOT}/run_evaluate_voc.sh", *self.where]
+        config = self.configs[stage]
         if config.data.val_split is None:
             return "data.val_split is null"
-        if config.data.name == "coco":
-            launcher = ["bash", f"{ROOT}/run_evaluate_seg_coco.sh", f"{ROOT}/tools/infer_seg_coco.py", *self.where]
-            split = [config.data.val_split]
+        launcher, split = evaluator(config.data, self.where)
         weights, crf = self._weights(stage), f"evaluate.crf={shown(config.evaluate.crf)}"
         reads = _hashes({"weights": weights}) | self._images(stage, config.data.val_split)
         return Step(launcher, [*split, str(weights), *self._for_tools(stage), crf], reads)
@@ -315,6 +314,14 @@ def split_settings(settings: Sequence[str]) -> tuple[Keys, dict[str, list[str]]]
     layers = Layers(Keys)
     layers.add_overrides(own)
     return layers.resolve(), {stage: [*shared, *items] for stage, items in stages.items()}
+
+
+def evaluator(data: Data, where: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The launcher that scores weights on data.val_split, its arguments before them. where: DEVICES and COUNT."""
+    if data.name == "coco":
+        script = f"{ROOT}/tools/infer_seg_coco.py"
+        return ["bash", f"{ROOT}/run_evaluate_seg_coco.sh", script, *where], [data.val_split]
+    return ["bash", f"{ROOT}/run_evaluate_voc.sh", *where], []
 
 
 def run_command(command: Sequence[str]) -> tuple[int, list[str]]:

@@ -117,7 +117,8 @@ def test_other_protocols_are_refused(folder, tag, part, change, message):
         tool.main([str(folder), *ASKED, "--only-table"])
 
 
-def test_upper_bound(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("second", "split"), [("acr_shapes", []), ("deeplab_coco", ["val_part"])])
+def test_upper_bound(tmp_path, monkeypatch, second, split):
     """Settings of the second stage alone; evaluated on the last weights, once."""
     calls = []
 
@@ -132,16 +133,17 @@ def test_upper_bound(tmp_path, monkeypatch):
         return 0
 
     monkeypatch.setattr(tool, "call", call)
-    argv = [str(tmp_path), "--first", "more_shapes", "--second", "acr_shapes", "--seeds", "3", "--upper-bound"]
+    argv = [str(tmp_path), "--first", "more_shapes", "--second", second, "--seeds", "3", "--upper-bound"]
     settings = ["crf=false", "first.train.lr=1", "second.train.lr=2", "second.evaluate.flip=false", "data.root=x"]
     tool.main([*argv, *settings])
     pipeline, train, evaluate = calls
-    assert pipeline[4:] == ["more_shapes_s3", "first=more_shapes", "second=acr_shapes", "seed=3", f"output={tmp_path}",
+    assert pipeline[4:] == ["more_shapes_s3", "first=more_shapes", f"second={second}", "seed=3", f"output={tmp_path}",
                             *settings]
-    assert train[6:] == ["own_s3", "config=acr_shapes", "train.lr=2", "evaluate.flip=false", "data.root=x", "seed=3",
+    assert train[6:] == ["own_s3", f"config={second}", "train.lr=2", "evaluate.flip=false", "data.root=x", "seed=3",
                          "data.masks=own", f"output={tmp_path}", "resume=auto"]
-    assert evaluate[4].endswith("iter_000020.weights.safetensors")
-    assert evaluate[5:] == ["evaluate.flip=false", "data.root=x"]
+    assert evaluate[-3].endswith("iter_000020.weights.safetensors")
+    assert evaluate[-5 - len(split) : -3] == ["cpu", "1", *split]
+    assert evaluate[-2:] == ["evaluate.flip=false", "data.root=x"] and ("coco.sh" in evaluate[1]) == ("coco" in second)
     tool.main([*argv, "--no-second", *settings])
     assert [words[-1] for words in calls[3:]] == [f"only={step}" for step in tool.STEPS] + ["resume=auto"]
 
