@@ -157,8 +157,12 @@ def training_cells(row: dict) -> list[str]:
     keys = "start_weights", "iterations"
     weights, iterations = (", ".join(dict.fromkeys(str(run[key]) for run in runs)) for key in keys)
     seconds = spread([run["seconds"] for run in runs], 0)
-    return [f"`{row['config']}`" if row["config"] != OWN else "true masks (upper bound)",
-            *(text or ABSENT for text in (weights, iterations, seconds))]
+    return [marked(row["config"]), *(text or ABSENT for text in (weights, iterations, seconds))]
+
+
+def marked(config: str) -> str:
+    """The name of a row in Markdown."""
+    return "true masks (upper bound)" if config == OWN else f"`{config}`"
 
 
 def score_cells(row: dict) -> list[str]:
@@ -195,13 +199,13 @@ def notes(state: dict, rows: Sequence[dict]) -> list[str]:
     for column in COLUMNS:
         shown = {row["config"]: row["scores"][column] for row in rows if column in row["scores"]}
         for heading in dict.fromkeys(of["title"] for of in shown.values()):
-            whose = ", ".join(f"`{name}`" for name, of in shown.items() if of["title"] == heading)
+            whose = ", ".join(marked(name) for name, of in shown.items() if of["title"] == heading)
             lines.append(f"- {column}, {whose}: {heading}")
         others = [key for key in differing([of["runs"][0] for of in shown.values()]) if key not in SHOWN]
         lines += [f"- {column}: not the same in all rows: {', '.join(others)}"] if others else []
     lines += ["", "Stages of the training:", ""]
     begun = {row["config"]: row["training"][0]["stages"] for row in rows if row["training"]}
-    lines += [f"- `{name}`: {'; '.join(stages) or 'one'}" for name, stages in begun.items()]
+    lines += [f"- {marked(name)}: {'; '.join(stages) or 'one'}" for name, stages in begun.items()]
     names, lines = filter(None, (*state["first"], state["second"])), [*lines, "", "What was tuned:", ""]
     return lines + [f"- `{name}`: {TUNED.get(name, 'not stated')}" for name in names]
 
@@ -212,4 +216,4 @@ def chart(rows: Sequence[dict]) -> str:
     for column in COLUMNS:
         runs = [row["scores"].get(column, {"runs": ()})["runs"] for row in rows]
         series |= {column: [[score["miou"] for score in one] for one in runs]} if any(runs) else {}
-    return str(dot_chart([row["config"] for row in rows], series))
+    return str(dot_chart([marked(row["config"]).strip("`") for row in rows], series))

@@ -81,7 +81,8 @@ def test_table_json_and_plot(folder):
         "- localisation map, `more_shapes`: LAM: shapes v2 val, 200 images, single scale (1), flip, no CRF, "
         "image labels given, background 0.5, input 96x96",
         "- pseudo masks, `acr_shapes`: GETAM: shapes v2 train, 2000 images",
-        "- second stage, `more_shapes`, `acr_shapes`, `own`: ", "- `more_shapes`: after 100: seg starts to count",
+        "- second stage, `more_shapes`, `acr_shapes`, true masks (upper bound): ",
+        "- `more_shapes`: after 100: seg starts to count",
         "- `acr_shapes`: nothing: the first schedule that was tried", "Budget: each config's own schedule.",
         "- localisation map: not the same in all rows: background\n",
     ):
@@ -94,7 +95,7 @@ def test_table_json_and_plot(folder):
     assert [run["seconds"] for run in rows[0]["training"]] == [200, 210, 220]
     root = ElementTree.parse(folder / "comparison.svg").getroot()
     assert len(root.findall(".//{*}circle")) == 4 * 3 + 3 + 1
-    assert {"more_shapes", "afa_shapes", "own", "second stage"} <= set(root.itertext())
+    assert {"more_shapes", "afa_shapes", "true masks (upper bound)", "second stage"} <= set(root.itertext())
 
 
 @pytest.mark.parametrize(
