@@ -253,6 +253,7 @@ def test_a_command_ends_with_the_pipeline(tmp_path, number, code):
 
 
 def _wait(file: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # also where the tests run in the background of a shell
     sys.exit(pipeline.run_command(["sh", "-c", f"echo $$ > {file}; exec sleep 60"])[0])
 
 
