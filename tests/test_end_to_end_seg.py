@@ -181,7 +181,7 @@ def test_pipeline_killed_at_random(tmp_path):
     begun = time.monotonic()
     assert start(tmp_path / "whole").wait() == 0
     seconds, draw = time.monotonic() - begun, random.Random(os.environ.get("KILL_SEED"))
-    moments = [draw.uniform(5, 0.7 * seconds) for _ in range(2)]
+    moments = [draw.uniform(5, share * seconds) for share in (0.5, 0.3)]   # what is left by then takes longer
     for moment in moments:
         process = start(tmp_path / "killed")
         time.sleep(moment)
