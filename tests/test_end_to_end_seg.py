@@ -190,7 +190,7 @@ def test_pipeline_killed_at_random(tmp_path):
         process.wait()
     assert start(tmp_path / "killed").wait() == 0
     whole, killed = (tmp_path / name / "tag" for name in ("whole", "killed"))
-    steps = re.findall("^([a-z_]+): (?:bash|/)", (tmp_path / "killed.log").read_text(), re.MULTILINE)
+    steps = re.findall(r"^([a-z_]+): (?:bash|\S+/python) ", (tmp_path / "killed.log").read_text(), re.MULTILINE)
     print(f"{seconds:.0f} s, killed after {' and '.join(f'{moment:.1f}' for moment in moments)} s; started: {steps}")
     for stage, iteration in (("first", 60), ("second", 40)):
         tiny.assert_same_weights(*(tiny.last_weights(run / stage, iteration) for run in (whole, killed)))
