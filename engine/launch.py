@@ -9,8 +9,9 @@ As a program (the run_*.sh launchers call it):
 
 As a module: scripts end with `if __name__ == "__main__": run_script(main)`.
 
-Exit code: 2 for a user's mistake, 130, 143 or 129 after Ctrl-C, a termination or a hang-up, otherwise that of the first
-process that failed. Under nohup a hang-up changes nothing.
+Exit code: 2 for a user's mistake; 130, 143, 138 or 129 after Ctrl-C, SIGTERM, SIGUSR1 or a hang-up; otherwise that of
+the first process that failed. Such a signal is passed on: a training finishes its step and writes a state, other work
+ends at once. A second one, two seconds later or more, kills the processes. Under nohup a hang-up changes nothing.
 """
 
 import contextlib
@@ -23,18 +24,21 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.offline import is_offline
-from utils.processes import end_with
+from utils.processes import IMPATIENT, STOPS, Stopped, end_with, stops_heeded
 
 ERROR_FILE = "WSSS_ERROR_FILE"  # names the file that takes the first mistake of all processes
 DEVICE = "WSSS_DEVICE"  # cpu or cuda
 LAUNCHER = "WSSS_LAUNCHER"  # its process id, for the processes it starts
 USER_ERROR_CODE = 2
+# beside the ERROR_FILE: of a launcher that was asked to end, of its processes that did; each holds the signal's number
+ASKED, ENDED = "asked", "ended"
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
@@ -43,16 +47,24 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     A UserError, also one that a DataLoader worker passed on, ends the process with code 2 and no traceback: its line
     goes to the launcher, or to stderr where there is none. So does an OSError about a file. Every other exception stays
     as it is, unless another process has made a mistake already: then this one fell over its absence, and says nothing.
-    The process ends with its launcher, even with a killed one.
+    The process ends with its launcher, even with a killed one, and where a signal asks it to, with 128 + its number.
     """
-    if LAUNCHER in os.environ:
+    launched = LAUNCHER in os.environ
+    if launched:
         end_with(int(os.environ.pop(LAUNCHER)))   # not for what this process starts
     try:
-        check_checkout(Path(sys.argv[0]))
-        main(sys.argv[1:])
+        with stops_heeded():
+            if launched:
+                _sign_on()
+            check_checkout(Path(sys.argv[0]))
+            main(sys.argv[1:])
     except UserError as error:
         _report(error_line(error))
         _leave(USER_ERROR_CODE)
+    except Stopped as stopped:
+        if launched:   # no failure, which a restart would mend: the launcher gives the exit code
+            _beside_errors(ENDED).write_text(str(stopped.number), encoding="utf-8")
+        _leave(0 if launched else 128 + stopped.number)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
     except OSError as error:
@@ -65,6 +77,17 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         if path is None or not os.path.exists(path):
             raise
         _leave(USER_ERROR_CODE)
+
+
+def _beside_errors(name: str) -> Path:
+    return Path(os.environ[ERROR_FILE]).with_name(name)
+
+
+def _sign_on() -> None:
+    """From here on the launcher passes signals on to this process. Raises Stopped where one came before."""
+    _beside_errors(str(os.getpid())).touch()
+    if (asked := _beside_errors(ASKED)).is_file():
+        raise Stopped(int(asked.read_text(encoding="utf-8")))
 
 
 def check_checkout(file: Path) -> None:
@@ -180,33 +203,71 @@ def environment(ids: list[int] | None, count: int) -> dict[str, str]:
 
 
 def launch(script: Path, count: int, port: int, arguments: Sequence[str]) -> int:
-    """Runs the script on `count` processes and waits; the exit code. Ctrl-C, SIGTERM, SIGHUP end the processes."""
+    """Runs the script on `count` processes and waits; the exit code. Signals that ask to end are passed on to them."""
     from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = ["--nnodes", "1", "--nproc-per-node", str(count), "--master-addr", "127.0.0.1"]
-    handled = ["SIGTERM", "SIGINT", "SIGQUIT"]   # torchrun would handle SIGHUP also where nohup has it ignored
-    handled += ["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    options += ["--signals-to-handle", ",".join(handled), "--master-port", str(port), str(script), *arguments]
+    options += ["--signals-to-handle", "SIGQUIT"]   # of others it would kill the processes, and end
+    options += ["--master-port", str(port), str(script), *arguments]
     logging.disable(logging.CRITICAL)  # of the launcher alone: the processes say themselves what is wrong
-    with tempfile.TemporaryDirectory(prefix="wsss-") as folder:
-        mistake = Path(folder) / "error"
+    with tempfile.TemporaryDirectory(prefix="wsss-") as name, signals_passed_on(Path(name)):
+        folder, failure = Path(name), None
+        mistake = folder / "error"
         os.environ[ERROR_FILE] = str(mistake)
         try:
             torchrun.run(torchrun.parse_args(options))
         except ChildFailedError as error:
-            if mistake.exists() and mistake.stat().st_size:
-                if count > 1:  # the process with the progress bar was stopped, perhaps in the middle of its line
-                    print(file=sys.stderr)
-                raise UserError(mistake.read_text(encoding="utf-8")) from None
             _, failure = error.get_first_failure()
-            return _exit_code(failure.exitcode, failure.local_rank)
-        except (SignalException, KeyboardInterrupt) as error:
-            go_on = "; resume=auto goes on from the last checkpoint" if script.stem.startswith("train") else ""
-            print(f"\ninterrupted{go_on}", file=sys.stderr)
-            return 128 + getattr(error, "sigval", signal.SIGINT)
-    return 0
+        if failure and mistake.exists() and mistake.stat().st_size:
+            if count > 1:  # the process with the progress bar was stopped, perhaps in the middle of its line
+                print(file=sys.stderr)
+            raise UserError(mistake.read_text(encoding="utf-8"))
+        for said in (folder / ENDED, *([folder / ASKED] if failure else [])):
+            if said.is_file():
+                go_on = "; resume=auto goes on from the last checkpoint" if script.stem.startswith("train") else ""
+                print(f"\ninterrupted{go_on}", file=sys.stderr)
+                return 128 + int(said.read_text(encoding="utf-8"))
+        return _exit_code(failure.exitcode, failure.local_rank) if failure else 0
+
+
+@contextlib.contextmanager
+def signals_passed_on(folder: Path) -> Iterator[None]:
+    """Signals that ask to end go to the processes that have signed on in `folder`; those to come find them noted there.
+
+    A second one, IMPATIENT seconds after the first or later, kills all.
+    """
+    asked, since = folder / ASKED, []
+
+    def pass_on(number: int, _frame: object) -> None:
+        since.append(time.monotonic())
+        kill = since[-1] - since[0] > IMPATIENT
+        if len(since) == 1:
+            with open(asked.with_suffix(".part"), "w", encoding="utf-8") as file:
+                file.write(str(number))
+            os.replace(file.name, asked)
+        for pid in _children():
+            if kill or (folder / str(pid)).exists():
+                with contextlib.suppress(ProcessLookupError):   # it ended just now
+                    os.kill(pid, signal.SIGKILL if kill else number)
+
+    heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _children() -> list[int]:
+    """The processes that this one started and that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:2]
+            found += [int(path.parent.name)] if int(parent) == os.getpid() and state != "Z" else []
+    return found
 
 
 def _exit_code(code: int, rank: int) -> int:

@@ -34,14 +34,13 @@ from model import METHODS
 from utils.config import Layers, shown
 from utils.errors import UserError
 from utils.files import ROOT, hash_of, replacing
-from utils.processes import end_with, lock
+from utils.processes import STOPS, end_with, lock
 from utils.schema import Count, Flag, Section, Text, key
 
 STEPS = ("train_first", "evaluate_first", "sweep", "export", "train_second", "evaluate_second", "report")
 SCORES = {"evaluate_first": "first", "sweep": "sweep", "export": "masks", "evaluate_second": "second"}
 NOT_FOR_TOOLS = ("seed=", "train.", "loss.", "model.", "evaluate.crf=")   # the weights hold them; steps set it
 SET_HERE = ("config", "tag", "resume", "data.masks")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Keys(Section):
@@ -327,7 +326,7 @@ def evaluator(data: Data, where: Sequence[str]) -> tuple[list[str], list[str]]:
 def run_command(command: Sequence[str]) -> tuple[int, list[str]]:
     """Runs a command, which does not outlive this process; its exit code as a shell has it, and its lines on stdout.
 
-    Ctrl-C, SIGTERM and SIGHUP are passed on.
+    Signals that ask to end are passed on.
     """
     parent, received, lines = os.getpid(), [], []
     how = {"env": {**os.environ, "PYTHONUNBUFFERED": "1"}, "start_new_session": True, "text": True, "errors": "replace"}
@@ -338,7 +337,7 @@ def run_command(command: Sequence[str]) -> tuple[int, list[str]]:
         with contextlib.suppress(ProcessLookupError):   # it ended just now
             os.killpg(process.pid, number)
 
-    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]   # under nohup not all
+    heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]   # under nohup not all
     before = {number: signal.signal(number, pass_on) for number in heeded}
     with process:
         for line in process.stdout:

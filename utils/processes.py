@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them, and folders that one process alone writes."""
+"""Processes that do not outlive the one that started them, signals that ask them to end, and folders of one process."""
 
 import ctypes
 import fcntl
@@ -6,12 +6,83 @@ import logging
 import os
 import signal
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from utils.errors import UserError
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)   # ask to end; SLURM sends SIGUSR1 if told to
+IMPATIENT = 2   # seconds after the first such signal from which on another one kills
+
+
+class Stopped(BaseException):
+    """A signal of STOPS asked this process to end. number: the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class _Asked:
+    """pid: of the process that heeds the signals, not those it forked; number: the first signal's, 0 before one came;
+    since: when that was; put_off: whether it is only noted."""
+
+    pid, number, since, put_off = 0, 0, 0.0, False
+
+
+@contextmanager
+def stops_heeded() -> Iterator[None]:
+    """Within it the first signal of STOPS raises Stopped; IMPATIENT seconds later another one kills this process.
+
+    Signals that are ignored, as a hang-up is under nohup, stay so.
+    """
+    _Asked.pid, _Asked.number, _Asked.put_off = os.getpid(), 0, False
+    heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _heed) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _heed(number: int, _frame: object) -> None:
+    late = _Asked.number and time.monotonic() - _Asked.since > IMPATIENT
+    if late or os.getpid() != _Asked.pid:   # or of a forked process
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    elif not _Asked.number:
+        _Asked.number, _Asked.since = number, time.monotonic()
+        if not _Asked.put_off:
+            raise Stopped(number)
+
+
+def stop_asked() -> int:
+    """The number of the first signal of STOPS that came in `stops_heeded`, 0 before."""
+    return _Asked.number
+
+
+@contextmanager
+def stops_put_off(on: bool = True) -> Iterator[None]:
+    """Within it a signal of STOPS is only noted, for `stop_asked`; on=False: it raises Stopped again, also a noted one.
+    """
+    before, _Asked.put_off = _Asked.put_off, on
+    try:
+        if not on and _Asked.number:
+            raise Stopped(_Asked.number)
+        yield
+    finally:
+        _Asked.put_off = before
+
+
+def ignore_stops() -> None:
+    """For a process that ends with its parent, and not before it: signals often go to whole groups of processes."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_with(parent: int) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,18 @@ from torch._utils import ExceptionWrapper
 
 from engine import launch
 from utils.errors import UserError
+from utils.processes import IMPATIENT
 
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
 import os, sys, time
+if "IMPORTS" in os.environ:
+    print("imports", flush=True)
+    time.sleep(float(os.environ["IMPORTS"]))
 from engine.launch import run_script
 from utils.errors import UserError
+from utils.processes import stops_put_off
 
 def main(argv):
     rank = int(os.environ["RANK"])
@@ -39,6 +45,10 @@ def main(argv):
         open("/proc/x", "w")
     if argv == ["killed"]:
         os.kill(os.getpid(), 9)
+    if argv == ["busy"]:
+        with stops_put_off():
+            print("busy", flush=True)
+            time.sleep(60)
     if argv == ["sleep"]:
         sys.stdout.write(f"pid {os.getpid()}\\n")  # in one piece
         time.sleep(60)
@@ -125,10 +135,11 @@ def test_a_mistake_is_one_line(house, what, count):
     assert (result.returncode, result.stdout, result.stderr) == (2, "", line)
 
 
-def launch_script(house, what, count=1):
+def launch_script(house, what, count=1, **environment):
     command = [sys.executable, str(house / "engine/launch.py"), "scripts/train_voc.py", "cpu", str(count), "auto", what]
     return subprocess.Popen(
-        command, cwd=house, env=_environment(house), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=house, env=_environment(house, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -152,7 +163,7 @@ def test_a_killed_process_is_named(house):
 
 
 @pytest.mark.parametrize("number, code, ignored", [
-    (signal.SIGTERM, 143, True), (signal.SIGINT, 130, False), (signal.SIGHUP, 129, False),
+    (signal.SIGTERM, 143, True), (signal.SIGINT, 130, False), (signal.SIGHUP, 129, False), (signal.SIGUSR1, 138, False),
 ])
 def test_a_signal_ends_the_processes(house, number, code, ignored):
     """ignored: whether a hang-up is, as nohup has it: then it stays so."""
@@ -169,6 +180,26 @@ def test_a_signal_ends_the_processes(house, number, code, ignored):
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
+
+
+def test_a_second_signal_kills_what_does_not_end(house):
+    process = launch_script(house, "busy")
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(IMPATIENT + 0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143 and "interrupted" in process.communicate()[1]
+
+
+def test_a_signal_while_the_processes_import(house):
+    """They leave without a word as soon as they can."""
+    process = launch_script(house, "sleep", IMPORTS="3")
+    assert process.stdout.readline() == "imports\n"
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert error == "\ninterrupted; resume=auto goes on from the last checkpoint\n"
 
 
 def test_the_processes_of_a_killed_launcher_end(house):
