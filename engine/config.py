@@ -64,7 +64,10 @@ class Train(Section):
     compile: Flag = key(False, "ours: torch.compile, slow first iterations")
     log_every: Count = key(20, "ours: iterations between lines of metrics.jsonl and the log")
     picture_every: Count = key(1000, "ours: iterations between TensorBoard pictures")
-    checkpoint_every: Count = key(1000, "ours")
+    checkpoint_every: Count = key(1000, "ours: and before a validation")
+    keep_checkpoints: Count | None = key(2, "ours: the newest ones, beside the best weights; null: all")
+    on_nonfinite: Literal["stop", "skip"] = key("stop", "ours: at a loss or gradient that is not finite")
+    max_nonfinite: Count = key(10, "ours: more steps skipped than so many since the start end the run")
     validate_every: Count = key(2000, "code of MoRe")
     validate_images: Count | None = key(None, "ours: null: the whole split; a number: the first that many")
 

@@ -9,23 +9,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig, save_config
+from engine.config import RunConfig, portable, save_config
 from utils.files import ROOT, naming
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pydensecrf2", "safetensors")
 
 
-def save_provenance(config: RunConfig, folder: str | os.PathLike) -> None:
+def save_provenance(config: RunConfig, folder: str | os.PathLike, iteration: int = 0, changed: str = "") -> None:
     """Writes what a run came from into its folder.
 
-    config.yaml: the resolved config. provenance.jsonl: one line for each start (a resumed run adds one) with the time,
-    the command line, the git commit (null outside of git) and the versions of Python and of the packages.
+    config.yaml: the resolved config of a start at iteration 0. provenance.jsonl: one line for each start (a resumed run
+    adds one) with the time, the iteration, what changed in the config since, in words, the whole config, the command
+    line, the git commit (null outside of git) and the versions of Python and of the packages.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
+    if iteration == 0:
+        save_config(config, folder / "config.yaml")
     start = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "iteration": iteration,
+        "settings_changed": changed.removeprefix("; changed: "),
+        "settings": portable(config),
         "command": [sys.executable, *sys.argv],
         **_git_commit(),
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},

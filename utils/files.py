@@ -9,13 +9,14 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]   # the project's folder
 FRESH, LEFT_OVER = f".{16 * '[0-9a-f]'}.part", 86400   # what temporary names look like; seconds without a write
+AGAIN = (1, 5, 15)   # seconds to wait before a write is tried again
 _swept: set[Path] = set()
 log = logging.getLogger("wsss.files")
 
@@ -48,6 +49,17 @@ def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def retried(write: Callable[[], None]) -> None:
+    """Calls `write`, which raises UserError where a disk refuses it, and again after each of AGAIN seconds."""
+    for seconds in AGAIN:
+        try:
+            return write()
+        except UserError as error:
+            log.warning("%s; tried again in %d s", error, seconds)
+            time.sleep(seconds)
+    return write()
 
 
 def fresh_name(path: Path) -> Path:

@@ -1,12 +1,14 @@
 """Weights (safetensors, what one shares) and state (what an interrupted run needs to go on exactly)."""
 
 import functools
+import hashlib
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from utils.log import NAME
 STATE = "iter_{:06d}.state.pt"
 WEIGHTS = "iter_{:06d}.weights.safetensors"
 BEST = "best.weights.safetensors"
+# entries of the header: `meta` as JSON, and the hashes of that text and of the tensors; earlier files have none of them
+META, OF_META, OF_TENSORS = OURS = ("meta", "meta.sha256", "tensors.sha256")
 # what is given in the place of weights, by how the file begins or by what torch says of it, and what is to be done
 OTHERS = {
     rb"\Z": "an empty file: copy or download it again",
@@ -37,7 +41,9 @@ OTHERS = {
     rb".{4}\0{4}{": "a safetensors file that is cut short or damaged: copy or download it again",
     rb"[^\x00-\x08]+\Z": "a text, no weights; of a run they are in checkpoints/, and --config takes a config",
 }
+DAMAGED = "damaged after it was written"   # by its own hashes
 REFUSED = {
+    DAMAGED: "damaged after it was written, its checksum says: take another copy of it",
     "TorchScript": "a TorchScript file: save the state_dict() of what torch.jit.load gives",
     "Unsupported (global|class)": "other Python objects than tensors, which could run code: save state_dict() alone",
     "central directory": "a torch file or zip archive that is cut short: copy or download it again",
@@ -53,18 +59,40 @@ def save_weights(path: str | os.PathLike, method: nn.Module, meta: dict) -> None
     of the best weights, val.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in method.state_dict().items()}
+    text = json.dumps(meta)
+    header = {META: text, OF_META: hashlib.sha256(text.encode()).hexdigest(), OF_TENSORS: _digest(tensors)}
     with replacing(path) as part:
-        save_file(tensors, part, metadata={"meta": json.dumps(meta)})
+        save_file(tensors, part, metadata=header)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of tensors with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}\0{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def read_meta(path: str | os.PathLike) -> dict:
-    """The `meta` of a weights file of ours, {} for other files. Raises UserError where there is no file."""
+    """The `meta` of a weights file of ours, {} for other files. Raises UserError where there is no file, and where it
+    is damaged."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
-    if not _is_safetensors(path):
-        return {}
+    return json.loads(_header(path).get(META, "{}")) if _is_safetensors(path) else {}
+
+
+def _header(path: str | os.PathLike) -> dict[str, str]:
+    """The entries of a .safetensors file's header, with a `meta` that is as it was written. Raises UserError."""
     with _naming_what_it_is(path), safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("meta", "{}"))
+        header = file.metadata() or {}
+        entries = header.keys() if META in header else header.keys() & set(OURS)
+        whole = set(entries) in (set(), {META}, set(OURS))
+        text = header.get(META, "{}")
+        if not whole or header.get(OF_META, "") not in ("", hashlib.sha256(text.encode()).hexdigest()):
+            raise ValueError(DAMAGED)
+        json.loads(text)
+        return header
 
 
 def recognise(path: str | os.PathLike) -> tuple[str, Released] | None:
@@ -129,13 +157,22 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such weights file")
     with _naming_what_it_is(path), open(path, "rb") as file:   # by its name torch would take it for another format
-        weights = load_file(path) if _is_safetensors(path) else torch.load(file, map_location="cpu", weights_only=True)
+        ours = _is_safetensors(path)
+        weights = _load_whole(path) if ours else torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(weights, dict):
         raise UserError(f"{path}: holds a {type(weights).__name__}, no weights by name")
-    if {"iteration", "optimizer"} <= weights.keys() <= {"iteration", "optimizer", "kind", "weights"}:
+    if {"iteration", "optimizer"} <= weights.keys() <= {"iteration", "optimizer", "kind", "weights", "rest"}:
         own = WEIGHTS.format(weights["iteration"])
         raise UserError(f"{path}: the state of an interrupted run; its weights are in {own}")
     return weights
+
+
+def _load_whole(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file; ValueError where they are not those that were written."""
+    tensors, written = load_file(path), _header(path).get(OF_TENSORS)
+    if written and written != _digest(tensors):
+        raise ValueError(DAMAGED)
+    return tensors
 
 
 def _is_safetensors(path: str | os.PathLike) -> bool:
@@ -169,23 +206,47 @@ def best_score(folder: Path, kind: str) -> float:
     return score
 
 
-def save_state(folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> None:
-    """Writes weights and state after `iteration` steps; then earlier states go, their weights stay."""
+def save_state(
+    folder: Path, iteration: int, method: nn.Module, optimizer: torch.optim.Optimizer, meta: dict, rest: object = None
+) -> None:
+    """Writes weights and state after `iteration` steps. rest: numbers, lists and dicts to keep in the state."""
     weights = folder / WEIGHTS.format(iteration)
     save_weights(weights, method, {**meta, "iteration": iteration})
     state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__}
-    state["weights"] = hash_of(weights)
+    state |= {"weights": hash_of(weights), "rest": rest}
     with replacing(folder / STATE.format(iteration)) as part:
         torch.save(state, part)
-    for path in folder.glob("iter_*.state.pt"):
-        if path.name != STATE.format(iteration):
-            path.unlink()
+
+
+def drop_older(folder: Path, keep: int | None) -> None:
+    """Removes weights and states but for those of the newest `keep` iterations with a state; None keeps all."""
+    iterations = sorted(_by_iteration(folder, STATE), reverse=True)
+    if keep is None or len(iterations) <= keep:
+        return
+    for kind in (STATE, WEIGHTS):   # in this order: a state without its weights is broken
+        for iteration, path in _by_iteration(folder, kind).items():
+            if iteration < iterations[keep - 1]:
+                path.unlink(missing_ok=True)
+
+
+def drop_newer(folder: Path, iteration: int) -> None:
+    """Removes the states after `iteration`: they are not whole where a run goes on from there, which writes them again.
+    """
+    for newer, path in _by_iteration(folder, STATE).items():
+        if newer > iteration:
+            path.unlink(missing_ok=True)
+
+
+def _by_iteration(folder: Path, kind: str) -> dict[int, Path]:
+    """The files of STATE or WEIGHTS by their iteration."""
+    ending = kind.partition("}")[2]
+    named = ((path.name.removeprefix("iter_").removesuffix(ending), path) for path in folder.glob(f"iter_*{ending}"))
+    return {int(number): path for number, path in named if number.isdecimal()}
 
 
 def last_weights(folder: Path) -> Path | None:
     """The weights of the latest iteration in a run's checkpoints, None where there are none."""
-    found = folder.glob("iter_*.weights.safetensors")
-    return max(found, key=lambda path: (len(path.name), path.name), default=None)   # from a million on names are longer
+    return max(_by_iteration(folder, WEIGHTS).items(), default=(0, None))[1]
 
 
 def newest_state(folder: Path) -> dict | None:
@@ -194,7 +255,7 @@ def newest_state(folder: Path) -> dict | None:
     None where there are neither states nor weights. Raises UserError where none is whole, which is no reason to begin
     anew.
     """
-    states = {int(re.findall(r"\d+", path.name)[0]): path for path in folder.glob("iter_*.state.pt")}
+    states = _by_iteration(folder, STATE)
     faults = [f"{folder}: holds weights, but no state"] if any(folder.glob("*.weights.safetensors")) else []
     for iteration, path in sorted(states.items(), reverse=True):
         try:
@@ -211,6 +272,9 @@ def _read_state(path: Path, iteration: int) -> dict:
     weights = path.with_name(WEIGHTS.format(iteration))
     read_meta(weights)   # raises where they are missing or cut
     try:
+        with zipfile.ZipFile(path) as archive:   # torch does not ask for its checksums
+            if archive.testzip() is not None:
+                raise ValueError("damaged after it was written, its checksums say")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:   # whatever a file that was cut, or is another, makes of it
         raise UserError(f"{path}: not a readable state ({str(error).partition('.')[0] or 'empty'})") from None

@@ -7,10 +7,11 @@ from engine.config import RunConfig, load_settings, portable
 from utils.config import flatten, shown
 from utils.errors import UserError
 
-# keys and sections; with another length the rates fall otherwise from there on
+# keys and sections; another length is another schedule: the rates would have fallen otherwise
 MAY_CHANGE = (
-    "output", "tag", "data.workers", "train.iterations", "train.epochs", "train.log_every", "train.picture_every",
-    "train.checkpoint_every", "train.validate_every", "train.validate_images", "train.compile", "evaluate.", "crf.",
+    "output", "tag", "data.workers", "train.log_every", "train.picture_every", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.validate_every", "train.validate_images", "train.compile", "train.on_nonfinite",
+    "train.max_nonfinite", "evaluate.", "crf.",
 )
 
 

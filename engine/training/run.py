@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,16 @@ from engine.config import RunConfig, portable
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, peak_memory
 from engine.inference.pictures import training_picture
 from engine.provenance import save_provenance
+from engine.training.nonfinite import NonFinite
 from engine.training.resume import check_same_run
 from engine.training.step import Trainer
 from model.batch_norm import FrozenBatchNorm, SyncBatchNorm
 from model.method import Method
 from utils.batch import Batch
 from utils.errors import UserError
+from utils.files import retried
 from utils.log import MetricsWriter, read_metrics, setup_logger
-from utils.processes import lock
+from utils.processes import Stopped, lock
 from utils.progress import progress_bar
 
 
@@ -56,7 +59,7 @@ class Run:
 
         masks: what `check_masks` gave.
         """
-        self.classes, state = list(train_set.classes), None
+        self.classes, self.changed, state = list(train_set.classes), "", None
         digest = hashlib.sha256("\n".join(train_set.names).encode()).hexdigest()
         self.images, self.masks = {"count": len(train_set), "sha256": digest}, masks
         if self.config.resume == "auto":
@@ -73,6 +76,8 @@ class Run:
             changed = check_same_run(weights, self.config, self.images, masks)
             self.changed = changed and f"; changed: {changed}"
             files.load_weights(weights, method)
+            if self.main:
+                files.drop_newer(self.checkpoints, state["iteration"])
         return state
 
     def _had_no_state_yet(self) -> bool:
@@ -83,19 +88,36 @@ class Run:
 
     def attach(self, trainer: Trainer, state: dict | None) -> None:
         """Takes the trainer, which goes on from `state`, and opens the files of the run."""
-        self.trainer, self.best = trainer, -math.inf
+        self.trainer, self.best, self.saved = trainer, -math.inf, 0
         if state is not None:
             if (done := state["iteration"]) > trainer.length:
                 raise UserError(f"{self.folder}: {done} iterations are done: give train.iterations={done} or more")
             files.load_optimizer(trainer.optimizer, state)
-            trainer.iteration = state["iteration"]
+            trainer.iteration = self.saved = state["iteration"]
+            self._take_up(state.get("rest") or {})   # earlier states have none
             self.best = files.best_score(self.checkpoints, trainer.method.best_by)
         self.meta = {"method": self.config.method, "classes": self.classes, "config": self.config.tag}
         self.meta |= {"settings": portable(self.config), "iterations": trainer.length, "train_images": self.images}
         self.meta |= {} if self.masks is None else {"train_masks": self.masks}
+        self.non_finite = NonFinite(self.folder, trainer, self.meta)
         if self.main:
-            save_provenance(self.config, self.folder)
+            save_provenance(self.config, self.folder, trainer.iteration, self.changed)
             self.writer = MetricsWriter(self.folder, start=trainer.iteration)
+
+    def _take_up(self, rest: dict) -> None:
+        """Goes on with what was counted since the last log line; says what another number of processes changes."""
+        sums, (rank, world, device) = rest.get("sums", []), self.ranks
+        if sums and len(sums) != world:
+            parts = self.trainer.method.modules()
+            drops = any(getattr(part, "p", 0) or getattr(part, "drop_prob", 0) for part in parts)
+            more = ", and dropout draws otherwise" if drops else ""
+            words = "%d process(es) in place of %d: the same batches, but sums differ by rounding%s"
+            self.logger.warning(words, world, len(sums), more)
+            names = sums[0].keys()
+            all_of_them = {name: sum(one[name] for one in sums) for name in names}
+            sums = [all_of_them, *[dict.fromkeys(names, 0.0)] * (world - 1)]
+        if sums and rest["steps"]:
+            self.period.take_up(sums[rank], rest, device)
 
     def describe(self, train_set: Dataset, val_set: Dataset | None) -> None:
         """Says in the log what is trained on what."""
@@ -135,23 +157,21 @@ class Run:
         done = self.trainer.iteration
         return done % every == 0 or (at_the_end and done == self.trainer.length)
 
-    def count(self, terms: dict[str, Tensor]) -> None:
-        """Takes the terms of a step into the means of `log_terms`."""
-        self.period.add(terms)
+    def count(self, batch: Batch, terms: dict[str, Tensor]) -> None:
+        """Takes the terms of a step into the means of `log_terms`. Raises UserError where they end the run."""
+        self.period.add(terms, self.trainer.failed)
+        self.non_finite.see(batch, terms)
 
     def log_terms(self, bar: tqdm) -> None:
-        """Writes the means since the last call. Raises UserError where one is not finite."""
+        """Writes the means since the last call. Raises UserError where a step that was not finite ends the run."""
+        self.non_finite.judge()
         done, length, means = self.trainer.iteration, self.trainer.length, self.period.means(self.ranks)
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"{self.folder}: the loss term {bad[0]} is not finite at iteration {done}; the checkpoints stay"
-            )
         if self.main:
             bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
             seconds, memory = self.period.seconds, peak_memory(self.ranks.device)
             rate = {"lr": self.trainer.optimizer.param_groups[0]["lr"], "seconds_per_iteration": seconds}
             rate["memory_gb"] = memory
+            rate |= {"skipped_steps": self.period.failed} if self.period.failed else {}
             self.writer.scalars(done - 1, {**means, **rate}, prefix="train/")
             self.logger.info(_line(done, length, means, seconds, memory))
         self.period = _Period()
@@ -163,24 +183,42 @@ class Run:
             self.writer.image(self.trainer.iteration - 1, "maps", picture)
 
     def check_finite(self) -> None:
-        """Raises UserError where a parameter, or what the optimizer keeps of it, is not finite: no such thing is saved.
-
-        A gradient that is not finite leaves one behind, on every process, and no later step mends it.
-        """
-        where = f"is not finite at iteration {self.trainer.iteration}; the checkpoints stay"
-        for name, parameter in self.trainer.method.named_parameters():
-            kept = self.trainer.optimizer.state.get(parameter, {}).values()
-            if not all(value.isfinite().all() for value in (parameter, *kept) if isinstance(value, Tensor)):
+        """Raises UserError where a parameter, a batch statistic or what the optimizer keeps is not finite: no such
+        thing is saved, and no later step mends it."""
+        self.non_finite.judge()
+        method, state = self.trainer.method, self.trainer.optimizer.state
+        kept = ((name, value) for name, one in method.named_parameters() for value in state.get(one, {}).values())
+        for name, value in (*method.state_dict().items(), *kept):
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                where = f"is not finite at iteration {self.trainer.iteration}; the checkpoints stay"
                 raise UserError(f"{self.folder}: parameter {name} {where}")
 
     def save(self) -> None:
-        """Weights and state of this iteration. Raises UserError where they are not finite."""
+        """Weights and state of this iteration, if it has none yet.
+
+        Raises UserError where they are not finite or, after some tries, cannot be written: the last ones stay.
+        """
+        if self.saved == self.trainer.iteration:
+            return
         self.check_finite()
+        rest = {"sums": gather(self.period.numbers()), "steps": self.period.steps, "failed": float(self.period.failed)}
         if self.main:
-            files.save_state(
-                self.checkpoints, self.trainer.iteration, self.trainer.method, self.trainer.optimizer, self.meta
+            done, trainer = self.trainer.iteration, self.trainer
+            retried(
+                lambda: files.save_state(self.checkpoints, done, trainer.method, trainer.optimizer, self.meta, rest)
             )
+            files.drop_older(self.checkpoints, self.config.train.keep_checkpoints)
+        self.saved = self.trainer.iteration
         barrier()
+
+    def stop(self, number: int) -> None:
+        """Ends the run where a signal asks for it: with a state of this iteration. Raises Stopped."""
+        self.save()
+        name, done = signal.Signals(number).name, self.trainer.iteration
+        self.logger.info("%s: stopped after iteration %d, whose state is written; resume=auto goes on", name, done)
+        if self.main:
+            self.writer.close()
+        raise Stopped(number)
 
     def log_validation(self, scores: dict[str, float], present: int) -> None:
         """scores: mIoU (0..1) of each kind over the classes present; the best weights by `best_by` are kept."""
@@ -191,7 +229,7 @@ class Run:
             if scores[method.best_by] > self.best:
                 self.best = scores[method.best_by]
                 meta = {**self.meta, "iteration": done, "val": scores}
-                files.save_weights(self.checkpoints / files.BEST, method, meta)
+                retried(lambda: files.save_weights(self.checkpoints / files.BEST, method, meta))
             named = {f"val/{name}": value for name, value in scores.items()}   # last: the validation is done
             self.writer.scalars(done - 1, {**named, "classes_present": present})
         barrier()
@@ -216,17 +254,30 @@ class _Period:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps, self.paused, self.started = 0, 0.0, time.perf_counter()
+        self.steps, self.before, self.failed = 0, 0, 0   # before: steps of an earlier start; failed: as of `Trainer`
+        self.paused, self.started = 0.0, time.perf_counter()
 
-    def add(self, terms: dict[str, Tensor]) -> None:
-        self.sums = {name: self.sums.get(name, 0) + term for name, term in terms.items()}
-        self.steps += 1
+    def add(self, terms: dict[str, Tensor], failed: Tensor) -> None:
+        self.sums = {name: self.sums.get(name, 0) + term.where(failed == 0, 0) for name, term in terms.items()}
+        self.steps, self.failed = self.steps + 1, self.failed + failed
+
+    def numbers(self) -> dict[str, float]:
+        """The sums, to be kept in a state."""
+        return {name: float(value) for name, value in self.sums.items()}
+
+    def take_up(self, sums: dict[str, float], counts: dict, device: torch.device) -> None:
+        """Goes on from what `numbers` gave, and counts of steps."""
+        self.sums = {name: torch.tensor(value, device=device) for name, value in sums.items()}
+        self.steps = self.before = counts["steps"]
+        self.failed = counts["failed"]
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Mean of every term over the period's steps and over all processes."""
         total = all_reduce_sum(torch.stack(list(self.sums.values())).double())
-        self.seconds = (time.perf_counter() - self.started - self.paused) / self.steps
-        return dict(zip(self.sums, (total / (self.steps * ranks.world)).tolist(), strict=True))
+        self.seconds = (time.perf_counter() - self.started - self.paused) / (self.steps - self.before)
+        self.failed = int(self.failed)
+        good = max(self.steps - self.failed, 1)
+        return dict(zip(self.sums, (total / (good * ranks.world)).tolist(), strict=True))
 
 
 def _line(done: int, iterations: int, means: dict[str, float], seconds: float, memory: float) -> str:

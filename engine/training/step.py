@@ -1,11 +1,15 @@
 """One step of training."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import RunConfig
-from engine.distributed import Ranks, global_ratio
+from engine.distributed import Ranks, all_reduce_sum, global_ratio
 from engine.precision import autocast
 from engine.training.optimizer import build_optimizer, set_lr
 from model.method import Method
@@ -17,14 +21,15 @@ class Trainer:
     """A method, its optimizer and one step of training.
 
     method: on its device, with the weights it starts from. length: iterations of the whole training, None: that of the
-    config. iteration: steps done so far.
+    config. iteration: steps done so far. failed: 1 where the last step changed nothing, as its loss or a gradient was
+    not finite on one of the processes, else 0; float32, on the device.
     """
 
     def __init__(self, method: Method, config: RunConfig, ranks: Ranks, length: int | None = None) -> None:
         self.method, self.config, self.ranks = method, config, ranks
         self.length = length or config.train.iterations
         self.optimizer = build_optimizer(method.param_groups(config.train), config.train)
-        self.iteration = 0
+        self.iteration, self.failed = 0, torch.zeros((), device=ranks.device)
         self.parallel: nn.Module = method
         if config.train.compile:
             method.compile()
@@ -45,13 +50,35 @@ class Trainer:
         torch.manual_seed(((self.config.seed * 1_000_003 + self.iteration) * 1_009 + self.ranks.rank) % 2**63)
         set_lr(self.optimizer, self.iteration, self.config.train, self.length)
         self.optimizer.zero_grad(set_to_none=True)   # before the forward, which then has their memory
-        with autocast(self.ranks.device, self.config.train.precision):
-            terms = self.parallel(batch, self.iteration)
-        weights = self.method.loss_weights(self.iteration)
-        for name in terms.keys() - weights.keys():
-            raise UserError(f"the loss term '{name}' has no weight: add it to loss.weights and loss.start_after")
-        total = sum(weights[name] * term for name, term in terms.items())
-        total.backward()
+        with self._buffers_kept():
+            with autocast(self.ranks.device, self.config.train.precision):
+                terms = self.parallel(batch, self.iteration)
+            weights = self.method.loss_weights(self.iteration)
+            for name in terms.keys() - weights.keys():
+                raise UserError(f"the loss term '{name}' has no weight: add it to loss.weights and loss.start_after")
+            total = sum(weights[name] * term for name, term in terms.items())
+            total.backward()
+            self.failed = self._not_finite(total.detach())
+        self.optimizer.found_inf = self.failed   # of a fused optimizer: the step is left out without waiting for a GPU
         self.optimizer.step()
         self.iteration += 1
         return {name: term.detach() for name, term in {**terms, "total": total}.items()}
+
+    def _not_finite(self, total: Tensor) -> Tensor:
+        """1 where the loss or a gradient is not finite, else 0; the same on all processes."""
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        largest = nn.utils.get_total_norm(gradients, math.inf)   # no sum of squares, which could overflow
+        return all_reduce_sum((~(total.isfinite() & largest.isfinite())).float()).clamp(max=1)
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        """Where steps that are not finite are skipped, they change no batch statistics either."""
+        if self.config.train.on_nonfinite == "stop":
+            yield
+            return
+        names = self.method.state_dict().keys() - dict(self.method.named_parameters()).keys()
+        buffers = [buffer for name, buffer in self.method.named_buffers() if name in names]
+        before = [buffer.clone() for buffer in buffers]
+        yield
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(self.failed > 0, old, buffer))

@@ -15,8 +15,9 @@ from engine.training.masks import check_masks, check_wanted
 from engine.training.run import Run
 from engine.training.sampler import GlobalBatches, used_images
 from engine.training.step import Trainer
+from engine.training.stop import Stop
 from model import build_method
-from utils.processes import end_with
+from utils.processes import end_with, ignore_stops, stops_put_off
 
 
 def train(config: RunConfig, ranks: Ranks) -> Path:
@@ -40,24 +41,28 @@ def train(config: RunConfig, ranks: Ranks) -> Path:
     run.describe(train_set, val_set)
     if val_set is not None and run.lacks_validation():
         _validate(run, val_set)
-    with run.progress(_loader(train_set, trainer)) as batches:
+    stop = Stop(ranks)
+    with stops_put_off(), run.progress(_loader(train_set, trainer)) as batches:
         for batch in batches:
             batch = batch.to(ranks.device)
-            run.count(trainer.step(batch))
+            run.count(batch, trainer.step(batch))
+            validates = val_set is not None and run.is_due(config.train.validate_every)
             if run.is_due(config.train.log_every):
                 run.log_terms(batches)
             if run.is_due(config.train.picture_every, at_the_end=False):
                 run.draw(batch)
-            if run.is_due(config.train.checkpoint_every):
+            if validates or run.is_due(config.train.checkpoint_every):
                 run.save()
-            if val_set is not None and run.is_due(config.train.validate_every):
+            if validates:
                 _validate(run, val_set)
+            if number := stop.asked():
+                run.stop(number)
     return run.end()
 
 
 def _validate(run: Run, val_set: Dataset) -> None:
-    run.check_finite()
-    with run.paused():
+    """The state of this iteration is written: a signal ends the run at once, and resume=auto validates again."""
+    with run.paused(), stops_put_off(False):
         run.log_validation(*validate(run.trainer.method, val_set, run.config, run.ranks))
 
 
@@ -79,3 +84,4 @@ def _loader(train_set: Dataset, trainer: Trainer) -> DataLoader:
 
 def _tie(worker: int) -> None:
     end_with(os.getppid())   # also where its process is killed
+    ignore_stops()

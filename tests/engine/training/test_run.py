@@ -31,7 +31,7 @@ HOLD = "import sys, pathlib, utils.processes as p; f = p.lock(pathlib.Path(sys.a
 @pytest.fixture(scope="module")
 def finished(voc_root, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs")
-    tiny.train_toy(voc_root, output)
+    tiny.train_toy(voc_root, output, "train.keep_checkpoints=1")
     return output / "toy"
 
 
@@ -49,7 +49,7 @@ def other_shape(folder):
 
 @pytest.mark.parametrize("fault, words", [
     (lambda folder: (folder / STATE).write_bytes((folder / STATE).read_bytes()[:300]), f"{STATE}: not a readable"),
-    (lambda folder: (folder / STATE).write_bytes(b""), f"{STATE}: not a readable state .empty.: .* another tag"),
+    (lambda folder: (folder / STATE).write_bytes(b""), f"{STATE}: not a readable state .File is not.* another tag"),
     (lambda folder: (folder / STATE).rename(folder / "iter_000007.state.pt"), "iter_000007.weights.*: no such"),
     (other_shape, f"{STATE} is of another network"),
     (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS}: no such checkpoint: .* another tag"),
@@ -74,7 +74,8 @@ def test_what_is_not_whole_is_named_and_left_alone(voc_root, run, fault, words):
     ("seed=1", "seed = 1, was 0"),
     ("data.crop_size=64", "data.crop_size = 64, was 32"),
     ("data.train_split=val", "data.train_split = val, was train_aug; 4 training images of another list, were 8"),
-    ("train.iterations=4", "6 iterations are done: give train.iterations=6 or more"),
+    ("train.iterations=7", "train.iterations = 7, was null; train.epochs = null, was 3"),
+    ("train.lr=1", "train.lr = 1.0, was 0.05"),
 ])
 def test_another_run_is_refused(voc_root, run, override, words):
     with pytest.raises(UserError, match=words):
@@ -92,11 +93,17 @@ def test_an_earlier_pair_is_taken_and_changes_are_said(voc_root, run):
     torch.save(state, run / "checkpoints" / STATE)
     for name in (STATE, WEIGHTS):   # a copy is the state of another iteration
         shutil.copy(run / "checkpoints" / name, run / "checkpoints" / name.replace("6", "7"))
-    tiny.train_toy(voc_root, run.parent, "resume=auto", "train.iterations=7", "train.log_every=5", "evaluate.bkg=0.4")
+    before = (run / "config.yaml").read_bytes(), (run / "provenance.jsonl").read_text()
+    tiny.train_toy(voc_root, run.parent, "resume=auto", "train.log_every=5", "evaluate.bkg=0.4")
     log = (run / "train.log").read_text()
     assert "iter_000007.state.pt: not the state of iteration 7; an " in log and "after iteration 6; changed: " in log
-    assert "train.iterations = 7, was null" in log and "evaluate.bkg = 0.4, was 0.5" in log
-    assert read_yaml(run / "config.yaml")["train"]["iterations"] == "7"
+    assert "train.log_every = 5, was 1" in log and "evaluate.bkg = 0.4, was 0.5" in log
+    assert not (run / "checkpoints" / "iter_000007.state.pt").exists()   # in the way of what comes
+    started, starts = (run / "config.yaml").read_bytes(), (run / "provenance.jsonl").read_text()
+    assert started == before[0] and starts.startswith(before[1]), "what it was started with stays"
+    line = json.loads(starts.splitlines()[1])
+    assert line["iteration"] == 6 and "train.log_every = 5" in line["settings_changed"]
+    assert line["settings"]["evaluate"]["bkg"] == 0.4
 
 
 def test_a_run_that_ended_before_its_first_state_begins_anew(voc_root, run):
@@ -121,20 +128,6 @@ def test_a_validation_that_was_cut_off_is_made_up(voc_root, finished, tmp_path, 
         for folder in (tmp_path / "toy", finished)
     )   # fmt: skip
     assert found == expected and len(found[0]) == 8
-
-
-@pytest.mark.parametrize("every, kept", [(2, ["iter_000002.state.pt", "iter_000002.weights.safetensors"]), (9, [])])
-def test_what_is_not_finite_is_never_kept(voc_root, tmp_path, monkeypatch, every, kept):
-    """The fourth step, of a checkpoint and a validation, has finite losses and one gradient that is not."""
-    def losses(self, batch, iteration):
-        terms = right(self, batch, iteration)
-        return {**terms, "area": terms["area"] + (self.head.bias[0] * 0).abs().sqrt()} if iteration == 3 else terms
-
-    right = method.Toy.losses
-    monkeypatch.setattr(method.Toy, "losses", losses)
-    with pytest.raises(UserError, match="parameter head.bias is not finite at iteration 4; the checkpoints stay"):
-        tiny.train_toy(voc_root, tmp_path, f"train.checkpoint_every={every}")
-    assert sorted(path.name for path in (tmp_path / "toy").glob("checkpoints/*")) == kept
 
 
 @pytest.mark.parametrize("loads", ["engine.training.run.load_start_weights", "engine.checkpoints.files.load_weights"])
