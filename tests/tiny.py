@@ -59,6 +59,21 @@ def train_alone(root: Path, output: Path, *overrides: str, tag: str = "tiny") ->
     return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in files))
 
 
+def start_alone(arguments: list[str], log: Path) -> multiprocessing.Process:
+    """scripts/train_voc.py in a process of its own, which is not waited for; what it says is written to `log`."""
+    process = _forks.Process(target=_run, args=("scripts.train_voc", arguments, log, log))
+    process.start()
+    return process
+
+
+def text_of(path: Path) -> str:
+    """Of a file that may be gone."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def _run(module: str, arguments: list[str], stdout: Path, stderr: Path) -> None:
     for stream, file in ((1, stdout), (2, stderr)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from utils.files import naming, replacing
 
 NAME = "wsss"
+_excepthook = threading.excepthook
 
 
 class _ConsoleHandler(logging.Handler):
@@ -74,6 +76,7 @@ class MetricsWriter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
+        threading.excepthook = _but_of_tensorboard
         _keep_lines_before(self.path, start)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
@@ -98,6 +101,13 @@ class MetricsWriter:
         with naming(self.path):
             self._file.close()
             self._board.close()
+
+
+def _but_of_tensorboard(arguments: threading.ExceptHookArgs) -> None:
+    """What the disk refuses TensorBoard's thread, the next call to its writer raises, too: no traceback is needed."""
+    of_tensorboard = "tensorboard" in type(arguments.thread).__module__
+    if not (of_tensorboard and isinstance(arguments.exc_value, OSError)):
+        _excepthook(arguments)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:

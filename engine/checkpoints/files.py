@@ -41,9 +41,7 @@ OTHERS = {
     rb".{4}\0{4}{": "a safetensors file that is cut short or damaged: copy or download it again",
     rb"[^\x00-\x08]+\Z": "a text, no weights; of a run they are in checkpoints/, and --config takes a config",
 }
-DAMAGED = "damaged after it was written"   # by its own hashes
 REFUSED = {
-    DAMAGED: "damaged after it was written, its checksum says: take another copy of it",
     "TorchScript": "a TorchScript file: save the state_dict() of what torch.jit.load gives",
     "Unsupported (global|class)": "other Python objects than tensors, which could run code: save state_dict() alone",
     "central directory": "a torch file or zip archive that is cut short: copy or download it again",
@@ -90,7 +88,7 @@ def _header(path: str | os.PathLike) -> dict[str, str]:
         whole = set(entries) in (set(), {META}, set(OURS))
         text = header.get(META, "{}")
         if not whole or header.get(OF_META, "") not in ("", hashlib.sha256(text.encode()).hexdigest()):
-            raise ValueError(DAMAGED)
+            raise ValueError("its checksum differs")
         json.loads(text)
         return header
 
@@ -171,7 +169,7 @@ def _load_whole(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a .safetensors file; ValueError where they are not those that were written."""
     tensors, written = load_file(path), _header(path).get(OF_TENSORS)
     if written and written != _digest(tensors):
-        raise ValueError(DAMAGED)
+        raise ValueError("its checksum differs")
     return tensors
 
 
