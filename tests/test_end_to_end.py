@@ -2,12 +2,12 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import time
 
 import pytest
-from safetensors.torch import load_file
 
 from tests import tiny
 from utils.log import read_metrics
@@ -63,35 +63,30 @@ def test_evaluation_on_one_and_on_two_processes(run):
     assert first == second
 
 
-def test_two_processes_follow_one(voc_root, run, tmp_path):
-    """The same global batches: 20 steps on two gloo processes stay within 1e-5 of one process."""
-    steps = ["train.iterations=20", "train.validate_every=20", "train.lr=1e-4"]
-    for count in (1, 2):
-        done = tiny.train(voc_root, tmp_path, *steps, tag=f"on_{count}", count=count)
-        assert done.returncode == 0, done.stderr
+def test_two_processes_follow_one(voc_root, tmp_path):
+    """The same global batches: 20 steps on two gloo processes stay within 1e-5 of one process, also where the launcher
+    was asked to end, and the run goes on from the step at which both did."""
+    steps = ["train.iterations=20", "train.validate_every=20", "train.lr=1e-4", "train.checkpoint_every=20"]
+    done = tiny.train(voc_root, tmp_path, *steps, tag="on_1")
+    assert done.returncode == 0, done.stderr
+    command = ["bash", "run_train.sh", "scripts/train_voc.py", "cpu", "2", "auto", "on_2", f"data.root={voc_root}"]
+    command += [f"output={tmp_path}", *tiny.SETTINGS, *steps]
+    process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = tmp_path / "on_2" / "metrics.jsonl", time.time() + 120
+    while not (metrics.is_file() and metrics.stat().st_size) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert error.endswith("interrupted; resume=auto goes on from the last checkpoint\n")
+    (stopped,) = re.findall(r"SIGTERM: stopped after iteration (\d+), whose state is written; resume=auto goes on", out)
+    assert int(stopped) == len(terms(tmp_path / "on_2")) < 20
+    done = tiny.train(voc_root, tmp_path, *steps, "resume=auto", tag="on_2", count=2)
+    assert done.returncode == 0 and f"resumed after iteration {stopped}" in done.stdout, done.stderr
     one, two = terms(tmp_path / "on_1"), terms(tmp_path / "on_2")
     assert len(one) == len(two) == 20
     for alone, shared in zip(one, two, strict=True):
         assert shared == pytest.approx(alone, rel=1e-5, abs=1e-7)
-
-
-def test_an_interrupted_run_goes_on_to_the_last_bit(voc_root, run, tmp_path):
-    settings = [f"data.root={voc_root}", f"output={tmp_path}", *tiny.SETTINGS, "resume=auto"]
-    command = ["bash", "run_train.sh", "scripts/train_voc.py", "cpu", "1", "auto", "tiny", *settings]
-    command.append("train.checkpoint_every=2")
-    process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list((tmp_path / "tiny" / "checkpoints").glob("*.state.pt")) and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert not tiny.last_weights(tmp_path / "tiny").exists(), "the run was over before it was interrupted"
-    done = tiny.train(voc_root, tmp_path, "resume=auto", "train.checkpoint_every=2")
-    assert done.returncode == 0, done.stderr
-    assert "resumed after iteration" in done.stdout
-    assert terms(tmp_path / "tiny") == terms(run)
-    ours, theirs = load_file(tiny.last_weights(tmp_path / "tiny")), load_file(tiny.last_weights(run))
-    assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
 def test_a_second_run_of_the_same_tag_needs_resume(voc_root, run):
