@@ -75,7 +75,7 @@ def build_image_set(config: Section, split: str) -> ImageSet:
         return ImageSet(*_load(config.data, split, need_masks=config.data.image_labels == MASKS))
     root = find_root(config.data)
     samples, _ = _samples(config.data, root, split, need_masks=False)
-    return ImageSet(samples, None, _classes_of(config.data, root))
+    return ImageSet(samples, None, classes_of(config.data, root))
 
 
 def data_name(data: Data) -> str:
@@ -94,11 +94,11 @@ def _load(
     """Samples, labels (a function of a sample) and classes of a split."""
     root = find_root(data)
     samples, list_path = _samples(data, root, split, need_masks)
-    classes = _classes_of(data, root)
+    classes = classes_of(data, root)
     return samples, load_labels(data.image_labels, root, list_path.parent, samples, classes), classes
 
 
-def _classes_of(data: Data, root: Path) -> tuple[str, ...]:
+def classes_of(data: Data, root: Path) -> tuple[str, ...]:
     """As `class_names`, but the folder's own classes.txt, one name on each line, comes before the data set's."""
     own = root / "classes.txt"
     if data.classes or not own.is_file():

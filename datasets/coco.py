@@ -10,7 +10,7 @@ The folders may also be called train and val. An image's folder follows from its
 import re
 from pathlib import Path
 
-from datasets.samples import Sample, list_folder, read_list, require_folder
+from datasets.samples import Sample, list_folder, read_lines, require_folder
 from utils.errors import UserError
 
 CLASSES = (
@@ -32,14 +32,15 @@ def list_folders(root: Path) -> tuple[Path, ...]:
     return root / "ImageSets" / "Segmentation", root, root / "SegmentationClass"
 
 
-def read_samples(root: Path, list_path: Path, need_masks: bool) -> list[Sample]:
+def read_samples(root: Path, list_path: Path, need_masks: bool, faults: list | None = None) -> list[Sample]:
     """The samples of a split's list, in its order; a line's first word is an image's name.
 
+    faults: takes the UserErrors of single lines; None: they are raised.
     Raises UserError for a missing folder, an empty list, a name of another form, an image that is not
     there and, with need_masks, a mask that is not there.
     """
     require_folder(root / "JPEGImages")
-    return [_find(root, Path(entry[0]).name, list_path, need_masks) for entry in read_list(list_path)]
+    return read_lines(list_path, lambda entry: _find(root, Path(entry[0]).name, list_path, need_masks), faults)
 
 
 def _find(root: Path, line: str, list_path: Path, need_masks: bool) -> Sample:

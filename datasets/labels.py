@@ -7,7 +7,7 @@
     masks                   ids in the mask except 0 and 255
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 from xml.etree import ElementTree
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from datasets.onehot import read_onehot
-from datasets.samples import Sample, require_folder
+from datasets.samples import Sample
 from datasets.texts import read_json
 from utils.errors import UserError, did_you_mean
 from utils.images import IGNORE, read_label_map
@@ -62,7 +62,7 @@ def load_labels(
     Raises UserError for a missing or broken source, a vector of another length than K, an unknown class name
     and a sample without labels.
     """
-    place = _default_source(root, list_folder) if source is None else _given_source(source, root)
+    place = find_source(source, root, list_folder)
     if place is None:
         bare = next((sample for sample in samples if sample.mask is None), None)
         if bare is not None:
@@ -70,19 +70,33 @@ def load_labels(
             raise UserError(f"{root}: image {bare.name} has no mask to take labels from{looked_for}")
         return MaskLabels(len(classes))
     names = [sample.name for sample in samples]
-    if place.is_dir():
-        table = _read_xml(place, names, classes)
-    elif place.suffix == ".json":
-        table = _read_json(place, classes)
-    else:
-        table = read_onehot(place)
-        _check_lengths(table, classes, place)
+    known, vector_of = open_labels(place, names, classes)
+    table = {name: vector_of(name) for name in known}
     missing = next((name for name in names if name not in table), None)
     if missing is not None:
         raise UserError(f"{place}: no labels for image {missing}")
     if not any(table[name].any() for name in names):
         raise UserError(f"{place}: none of the {len(names)} images has a class; docs/data.md says how to give it")
     return TableLabels({name: table[name] for name in names})
+
+
+def find_source(source: str | None, root: Path, list_folder: Path) -> Path | None:
+    """The file or folder of the labels, as `load_labels` takes it; None means masks. Raises UserError."""
+    return _default_source(root, list_folder) if source is None else _given_source(source, root)
+
+
+def open_labels(
+    place: Path, names: Sequence[str], classes: tuple[str, ...]
+) -> tuple[Collection[str], Callable[[str], np.ndarray]]:
+    """The images that a source has labels of, and the labels float32 (K,) of such a name, or UserError where they are
+    wrong. names: what a folder is asked for. Raises UserError for a source that cannot be read at all."""
+    if place.is_dir():
+        return names, lambda name: _read_xml(place / f"{name}.xml", name, classes)
+    if place.suffix == ".json":
+        present = read_named_classes(place)
+        return present, lambda name: multi_hot(present[name], classes, place, name)
+    table = read_onehot(place)
+    return table, lambda name: _checked(table[name], name, classes, place)
 
 
 def labels_of_mask(label_map: np.ndarray, num_classes: int) -> torch.Tensor:
@@ -114,10 +128,6 @@ def _default_source(root: Path, list_folder: Path) -> Path | None:
     return found
 
 
-def _read_json(path: Path, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    return {name: multi_hot(present, classes, path, name) for name, present in read_named_classes(path).items()}
-
-
 def read_named_classes(path: Path) -> dict[str, list[str]]:
     """{image: [class, ...]} of a JSON file. Raises UserError."""
     content = read_json(path)
@@ -129,16 +139,11 @@ def read_named_classes(path: Path) -> dict[str, list[str]]:
     return content
 
 
-def _read_xml(folder: Path, names: list[str], classes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    require_folder(folder)
-    table = {}
-    for name in names:
-        path = folder / f"{name}.xml"
-        try:
-            table[name] = multi_hot(annotated_classes(path), classes, path, name)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no labels for image {name}, the annotation is missing") from None
-    return table
+def _read_xml(path: Path, name: str, classes: tuple[str, ...]) -> np.ndarray:
+    try:
+        return multi_hot(annotated_classes(path), classes, path, name)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no labels for image {name}, the annotation is missing") from None
 
 
 def annotated_classes(annotation: Path | BinaryIO) -> list[str]:
@@ -167,13 +172,13 @@ def multi_hot(present: Iterable[str], classes: tuple[str, ...], source: object, 
     return labels
 
 
-def _check_lengths(table: dict[str, np.ndarray], classes: tuple[str, ...], path: Path) -> None:
-    for name, labels in table.items():
-        if labels.shape != (len(classes),):
-            size = labels.shape[0] if labels.ndim == 1 else labels.shape
-            raise UserError(
-                f"{path}: the label vector of {name} has length {size}, but there are {len(classes)} classes"
-                " (see data.classes)"
-            )
-        if not np.isin(labels, (0, 1)).all():
-            raise UserError(f"{path}: the label vector of {name} holds other values than 0 and 1")
+def _checked(labels: np.ndarray, name: str, classes: tuple[str, ...], path: Path) -> np.ndarray:
+    if labels.shape != (len(classes),):
+        size = labels.shape[0] if labels.ndim == 1 else labels.shape
+        raise UserError(
+            f"{path}: the label vector of {name} has length {size}, but there are {len(classes)} classes"
+            " (see data.classes)"
+        )
+    if not np.isin(labels, (0, 1)).all():
+        raise UserError(f"{path}: the label vector of {name} holds other values than 0 and 1")
+    return labels

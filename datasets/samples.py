@@ -1,7 +1,7 @@
 """What every layout on disk shares: the sample, the split list, the check that files are there."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,19 @@ def read_list(path: Path) -> list[list[str]]:
     if not entries:
         raise UserError(f"{path}: the split is empty; it must name at least one image")
     return entries
+
+
+def read_lines(path: Path, read: Callable[[list[str]], Sample], faults: list[UserError] | None) -> list[Sample]:
+    """What `read` makes of each line of a list. Its UserErrors are raised, or go into `faults` where that is a list."""
+    samples = []
+    for entry in read_list(path):
+        try:
+            samples.append(read(entry))
+        except UserError as error:
+            if faults is None:
+                raise
+            faults.append(error)
+    return samples
 
 
 def refuse_twice(names: Sequence[str], images: Sequence[object], source: object) -> None:

@@ -7,7 +7,7 @@
 
 from pathlib import Path
 
-from datasets.samples import Sample, list_folder, read_list, require_folder
+from datasets.samples import Sample, list_folder, read_lines, require_folder
 from utils.errors import UserError
 
 CLASSES = (
@@ -23,8 +23,8 @@ def list_folders(root: Path) -> tuple[Path, ...]:
     return root / "ImageSets" / "Segmentation", root
 
 
-def read_samples(root: Path, list_path: Path, need_masks: bool) -> list[Sample]:
-    """The samples of a split's list, in its order.
+def read_samples(root: Path, list_path: Path, need_masks: bool, faults: list | None = None) -> list[Sample]:
+    """The samples of a split's list, in its order. faults: takes the UserErrors of single lines; None: they are raised.
 
     A line of the list is a name, or '/JPEGImages/x.jpg' with or without '/SegmentationClassAug/x.png' behind it.
     Raises UserError for a missing folder, an empty list, another line, an image that is not there and,
@@ -34,8 +34,8 @@ def read_samples(root: Path, list_path: Path, need_masks: bool) -> list[Sample]:
     mask_folders = [root / folder for folder in MASK_FOLDERS if (root / folder).is_dir()]
     if need_masks and not mask_folders:
         raise UserError(f"{root}: masks are needed, but there is neither {MASK_FOLDERS[0]} nor {MASK_FOLDERS[1]}")
-    samples = []
-    for entry in read_list(list_path):
+
+    def read(entry: list[str]) -> Sample:
         if len(entry) > 2 or any("/" not in path for path in entry[1:]):
             line = " ".join(entry)
             raise UserError(f"{list_path}: '{line}': expected one name, or the paths of an image and its mask")
@@ -46,8 +46,9 @@ def read_samples(root: Path, list_path: Path, need_masks: bool) -> list[Sample]:
         if need_masks and mask is None:
             expected = root / entry[1].lstrip("/") if len(entry) > 1 else mask_folders[0] / f"{image.stem}.png"
             raise UserError(f"{expected}: mask of {list_path} is missing")
-        samples.append(Sample(image.stem, image, mask))
-    return samples
+        return Sample(image.stem, image, mask)
+
+    return read_lines(list_path, read, faults)
 
 
 def _find_mask(root: Path, name: str, entry: list[str], folders: list[Path]) -> Path | None:

@@ -74,7 +74,11 @@ def read_ids(path: str | Path) -> np.ndarray:
 
 def read_label_map(path: str | Path, num_ids: int) -> np.ndarray:
     """The ids of `read_ids`, uint8 (H, W). num_ids: K + 1; every id is < num_ids or 255. Raises UserError."""
-    ids = read_ids(path)
+    return known_ids(read_ids(path), num_ids, path)
+
+
+def known_ids(ids: np.ndarray, num_ids: int, path: str | Path) -> np.ndarray:
+    """`ids` as uint8 (H, W). Raises UserError, naming the file, where one is neither < num_ids nor 255."""
     present = np.unique(ids)
     bad = present[(present >= num_ids) & (present != IGNORE) | (present < 0)]
     if bad.size:

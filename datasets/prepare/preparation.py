@@ -205,7 +205,7 @@ def _pooled(function: Callable[[Any], Any], items: Iterable, workers: int) -> It
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a worker was killed (for lack of memory?); the same command again goes on") from None
+            raise UserError("a worker was killed (for lack of memory?); give the same command again") from None
         finally:
             for future in waiting:
                 future.cancel()
