@@ -49,7 +49,8 @@ def build_train_set(config: Section) -> TrainSet:
     samples, labels_of, classes = _load(data, data.train_split, need_masks)
     given = data.masks is not None
     masks = TrainMasks(data.masks, samples, len(classes) + 1, config.evaluate.bkg) if given else None
-    return TrainSet(samples, labels_of, classes, build_augmentation(data), masks)
+    limit = data.max_errors if data.on_error == "skip" else None
+    return TrainSet(samples, labels_of, classes, build_augmentation(data), masks, limit)
 
 
 def build_val_set(config: Section, split: str | None = None) -> EvalSet:

@@ -36,6 +36,10 @@ class Data(Section):
     crop_size: Count = key(448, "paper")
     resize_range: tuple[Positive, Positive] = key((0.32, 1.0), "code; long_side_crop: long side in crops")
     workers: Index | None = key(None, "ours: of each process; null: its share of the cores, 1 to train on a CPU")
+    on_error: Literal["raise", "skip"] = key(
+        "raise", "ours: of a training image or mask that cannot be read; skip: the next image takes its place"
+    )
+    max_errors: Index = key(10, "ours: with skip, a run with more images that cannot be read ends")
     shapes: Shapes = Shapes()
 
     @model_validator(mode="after")

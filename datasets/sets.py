@@ -13,12 +13,13 @@ from datasets.masks import TrainMasks
 from datasets.samples import Sample
 from datasets.transforms import seeded
 from utils.batch import Batch, boxes_of, most_classes
+from utils.errors import UserError, name_some
 from utils.images import check_same_size, normalize, read_label_map, read_rgb
 
 
 class TrainItem(NamedTuple):
     """name; image float32 (3, S, S) normalised; labels float32 (K,); valid bool (S, S); seed; label_map uint8 (S, S),
-    None where no masks are learned from."""
+    None where no masks are learned from; skipped: (name, why) of the images that could not be read in its place."""
 
     name: str
     image: torch.Tensor
@@ -26,6 +27,7 @@ class TrainItem(NamedTuple):
     valid: torch.Tensor
     seed: int
     label_map: torch.Tensor | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 class EvalItem(NamedTuple):
@@ -54,21 +56,48 @@ class _ImageSet(Dataset):
 class TrainSet(_ImageSet):
     """Indexed by (index, seed): the augmentation's every draw comes from the seed, whatever process or worker asks.
 
-    masks: those that are learned from, None for none.
+    masks: those that are learned from, None for none. max_errors: None: a sample that cannot be read is a UserError;
+    else the next one that can be, in the set's order, takes its place with the same seed; more than so many are one.
     """
 
-    def __init__(self, samples, labels_of, classes, augmentation: Callable, masks: TrainMasks | None = None):
+    def __init__(
+        self, samples, labels_of, classes, augmentation: Callable, masks: TrainMasks | None = None,
+        max_errors: int | None = None,
+    ):
         super().__init__(samples, labels_of, classes)
-        self.augmentation, self.masks = augmentation, masks
+        self.augmentation, self.masks, self.max_errors = augmentation, masks, max_errors
 
     def __getitem__(self, key: tuple[int, int]) -> TrainItem:
         index, seed = int(key[0]), int(key[1])
-        sample = self.samples[index]
-        image = read_rgb(sample.image)
-        label_map = None if self.masks is None else self.masks.read(sample, image.shape[:2])
+        skipped: dict[str, str] = {}
+        while True:
+            sample = self.samples[(index + len(skipped)) % len(self)]
+            try:
+                image, label_map, labels = self._read(sample)
+                break
+            except UserError as error:
+                if self.max_errors is None:
+                    raise
+                skipped[sample.name] = str(error)
+                refuse_many(skipped, min(self.max_errors, len(self) - 1))
         with seeded(seed):
             crop, valid, label_map = self.augmentation(image, label_map)
-        return TrainItem(sample.name, crop, self.labels_of(sample), valid, seed, label_map)
+        return TrainItem(sample.name, crop, labels, valid, seed, label_map, tuple(skipped.items()))
+
+    def _read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray | None, torch.Tensor]:
+        """Its image, the mask to learn from and its labels. Raises UserError."""
+        image = read_rgb(sample.image)
+        label_map = None if self.masks is None else self.masks.read(sample, image.shape[:2])
+        return image, label_map, self.labels_of(sample)
+
+
+def refuse_many(skipped: dict[str, str], limit: int) -> None:
+    """Raises UserError where more than `limit` images could not be read. skipped: name -> why."""
+    if len(skipped) > limit:
+        raise UserError(
+            f"{len(skipped)} training images cannot be read, too many to go on (data.max_errors): {name_some(skipped)}"
+            f"; the first: {next(iter(skipped.values()))}; tools/check_dataset.py lists all that is wrong"
+        )
 
 
 class EvalSet(_ImageSet):
@@ -108,8 +137,8 @@ class ImageSet(_ImageSet):
 
 def collate_train(items: list[TrainItem]) -> Batch:
     """TrainItems -> Batch."""
-    names, images, labels, valid, seeds, masks = zip(*items, strict=True)
+    names, images, labels, valid, seeds, masks, skipped = zip(*items, strict=True)
     labels, valid = torch.stack(labels), torch.stack(valid)
     tensors = torch.stack(images), labels, valid, torch.tensor(seeds)
     masks = None if masks[0] is None else torch.stack(masks)
-    return Batch(list(names), *tensors, most_classes(labels), boxes_of(valid), masks)
+    return Batch(list(names), *tensors, most_classes(labels), boxes_of(valid), masks, sum(skipped, ()))

@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.metrics import Scores
 
 FILES = ("config.yaml", "metrics.jsonl", "results.json")
-NOT_TERMS = ("lr", "seconds_per_iteration", "memory_gb")
+NOT_TERMS = ("lr", "seconds_per_iteration", "memory_gb", "skipped")
 
 
 @dataclass

@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     most_classes: of `labels`, as the function of that name; None: whoever needs it reads it there.
     boxes: of `valid`, as `boxes_of`; None: whoever needs them reads them there.
     masks: uint8 (B, H, W), the masks to learn from (data.masks): ids 0..K, 255 = ignore, also in padding; None: none.
+    skipped: (name, why) of each image that could not be read, and in whose place another one is here (data.on_error).
     """
 
     names: list[str]
@@ -48,9 +49,10 @@ class Batch(NamedTuple):
     most_classes: int | None = None
     boxes: list[tuple[int, int, int, int]] | None = None
     masks: torch.Tensor | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
         tensors = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.valid, self.seeds))
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
-        return Batch(self.names, *tensors, self.most_classes, self.boxes, masks)
+        return Batch(self.names, *tensors, self.most_classes, self.boxes, masks, self.skipped)

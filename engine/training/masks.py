@@ -8,6 +8,8 @@ from logging import Logger
 import numpy as np
 
 from datasets import TrainSet, agreement
+from datasets.samples import Sample
+from datasets.sets import refuse_many
 from engine.config import RunConfig
 from engine.distributed import Ranks, gather
 from model import METHODS
@@ -37,19 +39,32 @@ def check_wanted(config: RunConfig) -> None:
 def check_masks(train_set: TrainSet, ranks: Ranks, logger: Logger) -> str:
     """The sha256 of all masks; a line of the log says what they hold. All processes call it, each reads its share.
 
-    Raises UserError for a mask that cannot be read or does not fit its image, where no mask shows a class, and where
-    most do not show what the image labels say (`agreement.compare`).
+    Raises UserError for a mask that cannot be read or does not fit its image (with data.on_error=skip: for too many),
+    where no mask shows a class, and where most do not show what the image labels say (`agreement.compare`).
     """
     masks, samples, own = train_set.masks, train_set.samples, []
+
+    def facts(sample: Sample) -> tuple[np.ndarray, bytes, str]:
+        try:
+            return *masks.facts(sample), ""
+        except UserError as error:
+            if train_set.max_errors is None:
+                raise
+            return np.zeros(IGNORE + 1, np.int64), b"cannot be read", str(error)
+
     share, total = samples[ranks.rank :: ranks.world], np.zeros(IGNORE + 1, np.int64)
     threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with ThreadPoolExecutor(min(threads, 16)) as pool:
-        facts = pool.map(masks.facts, share)
-        for pixels, digest in progress_bar(facts, "masks", total=len(share), disable=ranks.rank != 0, delay=2):
-            own.append((set(pixels.nonzero()[0].tolist()), digest))
+        read = pool.map(facts, share)
+        for pixels, *rest in progress_bar(read, "masks", total=len(share), disable=ranks.rank != 0, delay=2):
+            own.append((set(pixels.nonzero()[0].tolist()), *rest))
             total += pixels
     totals, parts = zip(*gather((total, own)), strict=True)
-    ids, digests = zip(*(parts[i % ranks.world][i // ranks.world] for i in range(len(samples))), strict=True)
+    ids, digests, bad = zip(*(parts[i % ranks.world][i // ranks.world] for i in range(len(samples))), strict=True)
+    skipped = {sample.name: reason for sample, reason in zip(samples, bad, strict=True) if reason}
+    for reason in skipped.values():
+        logger.warning("will be skipped: %s", reason)
+    refuse_many(skipped, train_set.max_errors or 0)
     some = [one - {0, IGNORE} != set() for one in ids]   # the others show nothing of their ids' meaning
     if not any(some):
         raise UserError(f"data.masks={masks.source}: none of the {len(ids)} masks shows a class, all is 0 or {IGNORE}")

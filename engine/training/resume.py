@@ -9,9 +9,9 @@ from utils.errors import UserError
 
 # keys and sections; another length is another schedule: the rates would have fallen otherwise
 MAY_CHANGE = (
-    "output", "tag", "data.workers", "train.log_every", "train.picture_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.validate_every", "train.validate_images", "train.compile", "train.on_nonfinite",
-    "train.max_nonfinite", "evaluate.", "crf.",
+    "output", "tag", "data.workers", "data.on_error", "data.max_errors", "train.log_every", "train.picture_every",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.validate_every", "train.validate_images",
+    "train.compile", "train.on_nonfinite", "train.max_nonfinite", "evaluate.", "crf.",
 )
 
 

@@ -22,6 +22,7 @@ from engine.inference.pictures import training_picture
 from engine.provenance import save_provenance
 from engine.training.nonfinite import NonFinite
 from engine.training.resume import check_same_run
+from engine.training.skipped import Skipped
 from engine.training.step import Trainer
 from model.batch_norm import FrozenBatchNorm, SyncBatchNorm
 from model.method import Method
@@ -53,6 +54,7 @@ class Run:
         if config.resume is None and kept:
             raise UserError(f"{self.folder} holds a run already: continue it with resume=auto, or give another tag")
         self.period, self.metrics = _Period(), self.folder / "metrics.jsonl"
+        self.skipped = Skipped(config.data, self.logger)
 
     def begin(self, method: Method, train_set: TrainSet, masks: str | None = None) -> dict | None:
         """Loads the weights the run goes on with, or starts from; returns the state of the run it goes on with.
@@ -163,14 +165,18 @@ class Run:
         self.non_finite.see(batch, terms)
 
     def log_terms(self, bar: tqdm) -> None:
-        """Writes the means since the last call. Raises UserError where a step that was not finite ends the run."""
+        """Writes the means since the last call, and what was skipped.
+
+        Raises UserError where a step that was not finite, or too many images that cannot be read, end the run.
+        """
         self.non_finite.judge()
+        skipped = self.skipped.report()
         done, length, means = self.trainer.iteration, self.trainer.length, self.period.means(self.ranks)
         if self.main:
             bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
             seconds, memory = self.period.seconds, peak_memory(self.ranks.device)
             rate = {"lr": self.trainer.optimizer.param_groups[0]["lr"], "seconds_per_iteration": seconds}
-            rate["memory_gb"] = memory
+            rate |= {"memory_gb": memory, **skipped}
             rate |= {"skipped_steps": self.period.failed} if self.period.failed else {}
             self.writer.scalars(done - 1, {**means, **rate}, prefix="train/")
             self.logger.info(_line(done, length, means, seconds, memory))
@@ -213,6 +219,7 @@ class Run:
 
     def stop(self, number: int) -> None:
         """Ends the run where a signal asks for it: with a state of this iteration. Raises Stopped."""
+        self.skipped.report()
         self.save()
         name, done = signal.Signals(number).name, self.trainer.iteration
         self.logger.info("%s: stopped after iteration %d, whose state is written; resume=auto goes on", name, done)

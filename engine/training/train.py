@@ -45,6 +45,7 @@ def train(config: RunConfig, ranks: Ranks) -> Path:
     with stops_put_off(), run.progress(_loader(train_set, trainer)) as batches:
         for batch in batches:
             batch = batch.to(ranks.device)
+            run.skipped.add(batch)
             run.count(batch, trainer.step(batch))
             validates = val_set is not None and run.is_due(config.train.validate_every)
             if run.is_due(config.train.log_every):

@@ -23,7 +23,8 @@ from utils.images import write_label_png
 
 def config_of(folder, **data):
     """What a data set reads of a config."""
-    return SimpleNamespace(data=Data(**{"root": str(folder), "crop_size": 48, **data}))
+    data = Data(**{"root": str(folder), "crop_size": 48, **data})
+    return SimpleNamespace(data=data, evaluate=SimpleNamespace(bkg=0.5))
 
 
 @pytest.fixture
@@ -62,8 +63,8 @@ def first_name(root, split):
 def test_items_and_batch(tiny_voc):
     train = build_train_set(config_of(tiny_voc))
     assert train.classes == voc.CLASSES and len(train) == len(train.names) == 8
-    name, image, labels, valid, seed, label_map = train[2, 77]
-    assert name == train.names[2] and seed == 77 and label_map is None
+    name, image, labels, valid, seed, label_map, skipped = train[2, 77]
+    assert name == train.names[2] and seed == 77 and label_map is None and not skipped
     assert image.shape == (3, 48, 48) and image.dtype == torch.float32
     assert labels.shape == (20,) and labels.dtype == torch.float32 and valid.dtype == torch.bool
     batch = collate_train([train[i, 2**60 + i] for i in range(3)])
@@ -106,6 +107,45 @@ def test_training_needs_no_masks(tiny_voc):
     assert len(build_train_set(config_of(tiny_voc))) == 8
     with pytest.raises(UserError, match="neither SegmentationClassAug nor SegmentationClass"):
         build_val_set(config_of(tiny_voc))
+
+
+def truncate(root, *numbers):
+    for number in numbers:
+        path = root / "JPEGImages" / f"tiny_{number:03d}.jpg"
+        path.write_bytes(path.read_bytes()[:500])
+
+
+def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(tiny_voc):
+    """With the same seed, whatever process or worker asks; of a mask of another size and of an unknown id, too."""
+    before, train = (build_train_set(config_of(tiny_voc, masks="own", on_error=what)) for what in ("raise", "skip"))
+    expected = [before[number, 70 + number] for number in (4, 6, 0, 0)]
+    truncate(tiny_voc, 2, 7)
+    write_label_png(tiny_voc / "SegmentationClassAug" / "tiny_003.png", np.zeros((9, 11)))
+    write_label_png(tiny_voc / "SegmentationClassAug" / "tiny_005.png", np.full((68, 64), 33))
+    loaders = [DataLoader(train, 4, sampler=[(2, 74), (5, 76), (7, 70), (0, 70)], num_workers=workers,
+                          collate_fn=collate_train) for workers in (0, 2)]
+    for batch in (next(iter(loader)) for loader in loaders):
+        assert batch.names == [item.name for item in expected] and batch.seeds.tolist() == [74, 76, 70, 70]
+        for ours, field in ((batch.images, "image"), (batch.masks, "label_map"), (batch.labels, "labels")):
+            assert torch.equal(ours, torch.stack([getattr(item, field) for item in expected]))
+        names, reasons = zip(*batch.to(torch.device("cpu")).skipped, strict=True)
+        assert names == ("tiny_002", "tiny_003", "tiny_005", "tiny_007")
+        assert all(f"{name}." in reason for name, reason in zip(names, reasons, strict=True))
+    with pytest.raises(UserError, match=r"tiny_002\.jpg: image file cannot be read"):
+        before[2, 74]
+    truncate(tiny_voc, 8)
+    with pytest.raises(UserError, match=r"tiny_008\.jpg"):
+        build_val_set(config_of(tiny_voc, on_error="skip"))[0]   # an evaluation never skips
+
+
+@pytest.mark.parametrize(("limit", "broken", "words"), [
+    (1, (2, 3), r"2 training images .*max_errors\): tiny_002, tiny_003; the first: .*tiny_002\.jpg"),
+    (10, range(8), "8 training images cannot be read, too many .* and 3 more"),
+])
+def test_no_search_without_end(tiny_voc, limit, broken, words):
+    truncate(tiny_voc, *broken)
+    with pytest.raises(UserError, match=words):
+        build_train_set(config_of(tiny_voc, on_error="skip", max_errors=limit))[2, 0]
 
 
 def test_labels_from_masks(tiny_voc):

@@ -133,6 +133,19 @@ def test_masks_that_are_refused_before_any_step(voc_root, masks, tmp_path, edit,
     assert not Segmenter.seen
 
 
+def test_broken_masks_are_left_out_where_that_is_wanted(voc_root, masks, tmp_path):
+    (masks / f"{FIRST}.png").write_bytes(b"x")
+    wanted = f"data.masks={masks}", "data.on_error=skip"
+    with pytest.raises(UserError, match=rf"1 training images cannot be read, .*: {FIRST}; the first: .*{FIRST}\.png"):
+        tiny.train_toy(voc_root, tmp_path / "runs", *wanted, "data.max_errors=0")
+    assert not Segmenter.seen
+    tiny.train_toy(voc_root, tmp_path, *wanted)
+    log = (tmp_path / "toy/train.log").read_text()
+    assert log.count(f"will be skipped: {masks}/{FIRST}.png: mask file cannot be read") == 1
+    assert sum(len(batch.skipped) for batch in Segmenter.seen) == 3
+    assert not any(FIRST in batch.names for batch in Segmenter.seen)
+
+
 @pytest.mark.parametrize(("learner", "given", "message"), [
     (Segmenter, [], "toy learns from masks: give data.masks=FOLDER, .* or data.masks=own"),
     (method.Toy, ["data.masks=own"], "data.masks=own, but toy learns from image labels alone: leave data.masks out"),
