@@ -140,6 +140,26 @@ def test_a_full_disk(voc_root, tmp_path, finished, small_disk, monkeypatch):
     assert terms(folder / "toy") == terms(tmp_path / "whole" / "toy")
 
 
+@pytest.mark.parametrize("at", ["the start", "a resume"])
+def test_a_folder_that_cannot_be_written(voc_root, finished, tmp_path, at):
+    """One line, no traceback; what is there stays."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if at == "a resume":
+        shutil.copytree(finished, folder / "run")
+    if subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        given = [*tiny.SETTINGS, f"data.root={voc_root}", f"output={folder}", "tag=run", "resume=auto"]
+        process = tiny.start_alone(given, tmp_path / "log")
+        process.join(60)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 2 and said.startswith(f"error: {folder}/run") and "Read-only file system" in said
+    assert said.count("\n") == 1 and (at == "the start" or len(list((folder / "run/checkpoints").iterdir())) == 5)
+
+
 def test_a_write_that_fails_once_is_tried_again(voc_root, tmp_path, monkeypatch):
     save, fails = files.save_state, iter([True, False, True])
 

@@ -1,11 +1,14 @@
 """A loss or gradient that is not finite changes no parameter, and is written down."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from engine.checkpoints import files
 from engine.checkpoints.files import read_meta, read_tensors
+from engine.training.nonfinite import NonFinite
 from engine.training.step import Trainer
 from tests import tiny
 from tests.toy import method
@@ -92,6 +95,25 @@ def test_it_is_left_out(voc_root, tmp_path, monkeypatch, fault):
     assert with_it["train/total"] == pytest.approx(without["train/total"] * 6 / 5)
     assert "is not finite at iteration 4" in (tmp_path / "toy" / "train.log").read_text()
     assert read_meta(tiny.last_weights(tmp_path / "toy"))["iteration"] == 6
+
+
+@pytest.mark.parametrize("every, seen_after", [(9, 5), (2, 4)])
+def test_a_gpu_is_asked_one_step_later(voc_root, tmp_path, monkeypatch, fault, every, seen_after):
+    """But before anything is saved."""
+    init, empty, after = NonFinite.__init__, torch.empty, []
+
+    def late(self, *arguments):
+        init(self, *arguments)
+        self.late = True
+
+    monkeypatch.setattr(NonFinite, "__init__", late)
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **how: empty(*a, **how))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Mock(spec=["record", "synchronize"]))
+    monkeypatch.setattr(files, "save_state", lambda folder, done, *_: after.append((folder.name, done + 1)))
+    with pytest.raises(UserError, match="is not finite at iteration 4, of the images tiny_"):
+        settings = [f"train.checkpoint_every={every}", "train.log_every=9", "data.val_split=null"]
+        tiny.train_toy(voc_root, tmp_path, *settings)
+    assert after[-1] == ("nonfinite", seen_after) and after[:-1] == ([("checkpoints", 3)] if every == 2 else [])
 
 
 def test_there_is_a_limit(voc_root, tmp_path, monkeypatch):

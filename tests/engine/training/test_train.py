@@ -10,6 +10,7 @@ from benchmarks.measure import Counter
 from bilateralfilter import bilateral_filter
 from engine.config import load_config
 from engine.distributed import Ranks
+from engine.training.nonfinite import NonFinite
 from engine.training.step import Trainer
 from model import build_method
 from model.method import Method
@@ -94,16 +95,17 @@ def test_a_step_reads_nothing_back():
 
 
 @pytest.mark.gpu
-def test_a_step_does_not_wait_for_the_gpu():
+def test_a_step_does_not_wait_for_the_gpu(tmp_path):
     training, batch = more_training()
     training.method.cuda()
     training = Trainer(training.method, training.config, Ranks(0, 1, torch.device("cuda", 0)))
     batch = batch.to(torch.device("cuda", 0))
+    seen = NonFinite(tmp_path, training, {})
     for _ in range(2):
-        training.step(batch)
+        seen.see(batch, training.step(batch))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training.step(batch)
+        seen.see(batch, training.step(batch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
