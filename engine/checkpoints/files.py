@@ -27,8 +27,9 @@ from utils.log import NAME
 STATE = "iter_{:06d}.state.pt"
 WEIGHTS = "iter_{:06d}.weights.safetensors"
 BEST = "best.weights.safetensors"
-# entries of the header: `meta` as JSON, and the hashes of that text and of the tensors; earlier files have none of them
-META, OF_META, OF_TENSORS = OURS = ("meta", "meta.sha256", "tensors.sha256")
+# a weights file's header has one entry, META, as several come in another order each time; its JSON ends with the hashes
+# of the tensors (TENSORS) and of the text before (SEAL), which earlier files do not have
+META, TENSORS, SEAL = "meta", "tensors_sha256", re.compile(r', "sha256": "([0-9a-f]{64})"\}\Z')
 # what is given in the place of weights, by how the file begins or by what torch says of it, and what is to be done
 OTHERS = {
     rb"\Z": "an empty file: copy or download it again",
@@ -57,10 +58,14 @@ def save_weights(path: str | os.PathLike, method: nn.Module, meta: dict) -> None
     of the best weights, val.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in method.state_dict().items()}
-    text = json.dumps(meta)
-    header = {META: text, OF_META: hashlib.sha256(text.encode()).hexdigest(), OF_TENSORS: _digest(tensors)}
+    text = json.dumps({**meta, TENSORS: _digest(tensors)})
+    header = {META: f'{text[:-1]}, "sha256": "{_hash(text)}"}}'}
     with replacing(path) as part:
         save_file(tensors, part, metadata=header)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -77,20 +82,21 @@ def read_meta(path: str | os.PathLike) -> dict:
     is damaged."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
-    return json.loads(_header(path).get(META, "{}")) if _is_safetensors(path) else {}
+    meta = _header(path) if _is_safetensors(path) else {}
+    return {name: value for name, value in meta.items() if name != TENSORS}
 
 
-def _header(path: str | os.PathLike) -> dict[str, str]:
-    """The entries of a .safetensors file's header, with a `meta` that is as it was written. Raises UserError."""
+def _header(path: str | os.PathLike) -> dict:
+    """What META of a .safetensors file holds, as it was written; {} where there is none. Raises UserError."""
     with _naming_what_it_is(path), safe_open(path, "pt") as file:
-        header = file.metadata() or {}
-        entries = header.keys() if META in header else header.keys() & set(OURS)
-        whole = set(entries) in (set(), {META}, set(OURS))
-        text = header.get(META, "{}")
-        if not whole or header.get(OF_META, "") not in ("", hashlib.sha256(text.encode()).hexdigest()):
+        entries = file.metadata() or {}
+        text = entries.pop(META, "{}")
+        if seal := SEAL.search(text):
+            text = text[: seal.start()] + "}"
+        unsealed = [*entries.values(), *([] if seal else [text])]
+        if (seal and seal[1] != _hash(text)) or any(TENSORS in other for other in unsealed):
             raise ValueError("its checksum differs")
-        json.loads(text)
-        return header
+        return json.loads(text)
 
 
 def recognise(path: str | os.PathLike) -> tuple[str, Released] | None:
@@ -167,7 +173,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def _load_whole(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a .safetensors file; ValueError where they are not those that were written."""
-    tensors, written = load_file(path), _header(path).get(OF_TENSORS)
+    tensors, written = load_file(path), _header(path).get(TENSORS)
     if written and written != _digest(tensors):
         raise ValueError("its checksum differs")
     return tensors

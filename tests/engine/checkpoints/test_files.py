@@ -104,8 +104,10 @@ def test_the_newest_state_is_taken(tmp_path):
     for iteration in (2, 10):
         checkpoint.save_state(tmp_path, iteration, method, optimizer, meta={})
     assert checkpoint.newest_state(tmp_path)["iteration"] == 10
-    assert [p.name for p in tmp_path.glob("*.state.pt")] == ["iter_000010.state.pt"]
-    assert len(list(tmp_path.glob("*.weights.safetensors"))) == 2
+    checkpoint.drop_older(tmp_path, 2)
+    assert len(list(tmp_path.iterdir())) == 4
+    checkpoint.drop_older(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_000010.state.pt", "iter_000010.weights.safetensors"]
 
 
 def test_rates_of_a_resumed_run_are_those_it_is_given(tmp_path):

@@ -166,7 +166,8 @@ def test_masks_and_the_method_go_together(voc_root, tmp_path, monkeypatch, learn
 def test_a_run_goes_on_with_its_own_masks_alone(voc_root, masks, tmp_path, form, edit, setting, refused):
     if form:
         form(masks)
-    tiny.train_toy(voc_root, tmp_path / "runs", f"data.masks={masks}", "train.iterations=2")
+    with tiny.interrupted(Segmenter, 2):
+        tiny.train_toy(voc_root, tmp_path / "runs", f"data.masks={masks}", "train.iterations=4")
     (tmp_path / "moved").mkdir()
     moved = masks.rename(tmp_path / "moved" / "masks")
     if edit:
