@@ -69,6 +69,7 @@ class Train(Section):
     on_nonfinite: Literal["stop", "skip"] = key("stop", "ours: at a loss or gradient that is not finite")
     max_nonfinite: Count = key(10, "ours: more steps skipped than so many since the start end the run")
     validate_every: Count = key(2000, "code of MoRe")
+    timeout: Positive | None = key(1800.0, "ours: seconds until a run that hangs is ended; null: never")
     validate_images: Count | None = key(None, "ours: null: the whole split; a number: the first that many")
 
     @model_validator(mode="after")

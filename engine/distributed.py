@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.launch import ERROR_FILE
 from engine.config import RunConfig
 from utils.errors import UserError
 
@@ -34,8 +35,24 @@ def setup(device: str | None = None) -> Ranks:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        wait, store, started = timedelta(hours=2), None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if started != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # the launcher's store still holds the addresses of processes that have ended: they would be waited for
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, wait)
+            store = dist.PrefixStore(f"start_{started}", store)
+        backend = "nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world)
     return Ranks(rank, world, own)
+
+
+def started_again() -> bool:
+    """Whether torchrun has started a process of this run before; all processes call it, once."""
+    before = False
+    if path := os.environ.get(ERROR_FILE):   # in a folder of the launcher of this machine
+        own = Path(path).with_name(f"started_{os.environ.get('LOCAL_RANK', 0)}")
+        before = own.exists()
+        own.touch()
+    return any(gather(before))
 
 
 def pick_device(name: str) -> torch.device:
@@ -95,11 +112,13 @@ def barrier() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The first process goes through the block before the others enter it; where it fails, the launcher ends them."""
-    if not is_main():
+    """The first process goes through the block before the others enter it, then the first of every other node, as what
+    it leaves may be on a disk of its own; where one fails, the launcher ends them."""
+    turn = 0 if is_main() else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for _ in range(turn):
         barrier()
     yield
-    if is_main():
+    for _ in range(turn, 2):
         barrier()
 
 

@@ -6,12 +6,14 @@ As a program (the run_*.sh launchers call it):
     DEVICES  cpu, or the GPU ids as in 0,1
     COUNT    number of processes; with GPUs the number of ids
     PORT     a free port on this machine, or auto
+Several machines: the same command on each, with the variables of engine/nodes.py.
 
 As a module: scripts end with `if __name__ == "__main__": run_script(main)`.
 
-Exit code: 2 for a user's mistake; 130, 143, 138 or 129 after Ctrl-C, SIGTERM, SIGUSR1 or a hang-up; otherwise that of
-the first process that failed. Such a signal is passed on: a training finishes its step and writes a state, other work
-ends at once. A second one, two seconds later or more, kills the processes. Under nohup a hang-up changes nothing.
+Exit code: 2 for a user's mistake; 3 where another process was lost, and its own node says why; 4 where the run hung;
+130, 143, 138 or 129 after Ctrl-C, SIGTERM, SIGUSR1 or a hang-up; otherwise that of the first process that failed.
+Such a signal is passed on: a training finishes its step and writes a state, other work ends at once. A second one, two
+seconds later or more, kills the processes. Under nohup a hang-up changes nothing.
 """
 
 import contextlib
@@ -28,15 +30,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from engine.nodes import ONE, Company, Nodes, nodes_from_environment
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.offline import is_offline
-from utils.processes import IMPATIENT, STOPS, Stopped, end_with, stops_heeded
+from utils.processes import IMPATIENT, STOPS, Stopped, children, end_with, stops_heeded
 
 ERROR_FILE = "WSSS_ERROR_FILE"  # names the file that takes the first mistake of all processes
 DEVICE = "WSSS_DEVICE"  # cpu or cuda
+LOST = "lost"  # beside it, what a process says that lost another one
 LAUNCHER = "WSSS_LAUNCHER"  # its process id, for the processes it starts
-USER_ERROR_CODE = 2
+USER_ERROR_CODE, LOST_CODE, HUNG_CODE = 2, 3, 4
+HUNG_MARK = "(train.timeout)"  # in the line of a run that hangs
 # beside the ERROR_FILE: of a launcher that was asked to end, of its processes that did; each holds the signal's number
 ASKED, ENDED = "asked", "ended"
 
@@ -52,6 +57,9 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     launched = LAUNCHER in os.environ
     if launched:
         end_with(int(os.environ.pop(LAUNCHER)))   # not for what this process starts
+    path = os.environ.get(ERROR_FILE)
+    if path is not None and os.path.exists(path):   # torchrun starts again what a mistake ended
+        leave(USER_ERROR_CODE)
     try:
         with stops_heeded():
             if launched:
@@ -59,24 +67,39 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             check_checkout(Path(sys.argv[0]))
             main(sys.argv[1:])
     except UserError as error:
-        _report(error_line(error))
-        _leave(USER_ERROR_CODE)
+        report(error_line(error))
+        leave(USER_ERROR_CODE)
     except Stopped as stopped:
         if launched:   # no failure, which a restart would mend: the launcher gives the exit code
             _beside_errors(ENDED).write_text(str(stopped.number), encoding="utf-8")
-        _leave(0 if launched else 128 + stopped.number)
+        leave(0 if launched else 128 + stopped.number)
     except KeyboardInterrupt:
-        _leave(128 + signal.SIGINT)
+        leave(128 + signal.SIGINT)
     except OSError as error:
         if error.filename is None or not error.strerror:
             raise
-        _report(f"{error.filename}: {error.strerror}")
-        _leave(USER_ERROR_CODE)
-    except Exception:
-        path = os.environ.get(ERROR_FILE)
-        if path is None or not os.path.exists(path):
+        report(f"{error.filename}: {error.strerror}")
+        leave(USER_ERROR_CODE)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if killed := re.search(r"DataLoader worker .*(?:killed|exited)[^.]*", text):
+            report(f"{killed[0]}; was memory short? give fewer data.workers{_go_on(Path(sys.argv[0]))}")
+            leave(USER_ERROR_CODE)
+        if path is not None and os.path.exists(path):
+            leave(USER_ERROR_CODE)
+        if path is None or not _is_loss(error):
             raise
-        _leave(USER_ERROR_CODE)
+        with contextlib.suppress(OSError):
+            Path(path).with_name(LOST).write_text(text[:200], encoding="utf-8")
+        leave(LOST_CODE)
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a process ends because another one has gone."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return False
+    return isinstance(error, distributed.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE) is not None
 
 
 def _beside_errors(name: str) -> Path:
@@ -88,6 +111,7 @@ def _sign_on() -> None:
     _beside_errors(str(os.getpid())).touch()
     if (asked := _beside_errors(ASKED)).is_file():
         raise Stopped(int(asked.read_text(encoding="utf-8")))
+    _beside_errors(ENDED).unlink(missing_ok=True)   # of a process that torchrun ended, to start it again
 
 
 def check_checkout(file: Path) -> None:
@@ -107,7 +131,8 @@ def error_line(error: UserError) -> str:
     return wrapped[-1] if wrapped else " ".join(text.split())
 
 
-def _report(line: str) -> None:
+def report(line: str) -> None:
+    """Leaves the line that the launcher ends with; the first one counts. Without a launcher it is printed."""
     path = os.environ.get(ERROR_FILE)
     if path is not None:
         with contextlib.suppress(OSError):   # its disk may be full, too
@@ -117,7 +142,7 @@ def _report(line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> None:
     """Ends this process. A process group of torch would complain at exit or wait for the others, so it is skipped."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
@@ -170,14 +195,20 @@ def _gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def check_port(text: str) -> int:
-    """PORT as a number, free on this machine; 'auto' picks one."""
+def check_port(text: str, nodes: Nodes = ONE) -> int:
+    """PORT as a number, free on this machine where it is node 0; 'auto' picks one, over several nodes MASTER_PORT."""
+    if text == "auto" and nodes.count > 1:
+        text = os.environ.get("MASTER_PORT", text)
+        if text == "auto":
+            raise UserError(f"PORT is auto, but NNODES is {nodes.count}: give a number, or MASTER_PORT, alike on all")
     if text == "auto":
         with socket.socket() as probe:
             probe.bind(("", 0))
             return probe.getsockname()[1]
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise UserError(f"PORT is '{text}': expected 1 to 65535, or auto")
+    if nodes.rank > 0:
+        return int(text)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one just left by a former run is free
         try:
@@ -202,33 +233,56 @@ def environment(ids: list[int] | None, count: int) -> dict[str, str]:
     }
 
 
-def launch(script: Path, count: int, port: int, arguments: Sequence[str]) -> int:
+def launch(script: Path, count: int, port: int, arguments: Sequence[str], nodes: Nodes = ONE) -> int:
     """Runs the script on `count` processes and waits; the exit code. Signals that ask to end are passed on to them."""
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
-    options = ["--nnodes", "1", "--nproc-per-node", str(count), "--master-addr", "127.0.0.1"]
+    options, go_on = [*nodes.options(port), "--nproc-per-node", str(count)], _go_on(script)
     options += ["--signals-to-handle", "SIGQUIT"]   # of others it would kill the processes, and end
-    options += ["--master-port", str(port), str(script), *arguments]
+    options += [str(script), *arguments]
     logging.disable(logging.CRITICAL)  # of the launcher alone: the processes say themselves what is wrong
     with tempfile.TemporaryDirectory(prefix="wsss-") as name, signals_passed_on(Path(name)):
         folder, failure = Path(name), None
         mistake = folder / "error"
         os.environ[ERROR_FILE] = str(mistake)
-        try:
-            torchrun.run(torchrun.parse_args(options))
-        except ChildFailedError as error:
-            _, failure = error.get_first_failure()
-        if failure and mistake.exists() and mistake.stat().st_size:
+        with Company(nodes, port, report) as company:
+            try:
+                torchrun.run(torchrun.parse_args(options))
+            except ChildFailedError as error:
+                failure = _first(error)
+                company.tell(_said(mistake))   # while the store is held by the error
+            except (RendezvousError, DistError) as error:
+                where = f"{nodes.count} nodes did not meet at {nodes.address}:{port} in {nodes.timeout} s"
+                raise UserError(f"the {where} (NODES_TIMEOUT), or lost each other{go_on}") from error
+        if failure and (line := _said(mistake)):
             if count > 1:  # the process with the progress bar was stopped, perhaps in the middle of its line
                 print(file=sys.stderr)
-            raise UserError(mistake.read_text(encoding="utf-8"))
+            print(f"error: {line}", file=sys.stderr)
+            return HUNG_CODE if HUNG_MARK in line else USER_ERROR_CODE
         for said in (folder / ENDED, *([folder / ASKED] if failure else [])):
             if said.is_file():
-                go_on = "; resume=auto goes on from the last checkpoint" if script.stem.startswith("train") else ""
                 print(f"\ninterrupted{go_on}", file=sys.stderr)
                 return 128 + int(said.read_text(encoding="utf-8"))
+        if failure and failure.exitcode == LOST_CODE:
+            said = _said(folder / LOST)
+            print(f"error: another process has gone, its node says why{go_on} ({said})", file=sys.stderr)
         return _exit_code(failure.exitcode, failure.local_rank) if failure else 0
+
+
+def _go_on(script: Path) -> str:
+    return "; resume=auto goes on from the last checkpoint" if script.stem.startswith("train") else ""
+
+
+def _said(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _first(error: Exception) -> object:
+    """The first failure, if need be of a process that lost another one."""
+    return min(error.failures.values(), key=lambda one: (one.exitcode == LOST_CODE, one.timestamp))
 
 
 @contextlib.contextmanager
@@ -246,7 +300,7 @@ def signals_passed_on(folder: Path) -> Iterator[None]:
             with open(asked.with_suffix(".part"), "w", encoding="utf-8") as file:
                 file.write(str(number))
             os.replace(file.name, asked)
-        for pid in _children():
+        for pid in children(os.getpid()):
             if kill or (folder / str(pid)).exists():
                 with contextlib.suppress(ProcessLookupError):   # it ended just now
                     os.kill(pid, signal.SIGKILL if kill else number)
@@ -260,22 +314,20 @@ def signals_passed_on(folder: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _children() -> list[int]:
-    """The processes that this one started and that have not ended."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:2]
-            found += [int(path.parent.name)] if int(parent) == os.getpid() and state != "Z" else []
-    return found
-
-
 def _exit_code(code: int, rank: int) -> int:
     """The exit code for the shell; a signal leaves no traceback, so it is named."""
     if code >= 0:
         return code
     print(f"process {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
     return 128 - code
+
+
+def _import_torch() -> None:
+    """What torch's C++ says of lost connections is not for the user, where the launcher has a line for it."""
+    given = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = given or "FATAL"
+    importlib.import_module("torch")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = given or "ERROR"   # for the processes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -288,9 +340,11 @@ def main(argv: Sequence[str]) -> int:
         script, count = find_script(argv[0]), check_count(argv[2])
         if importlib.util.find_spec("torch") is None:
             raise UserError(f"{sys.executable} has no torch: run pip install -r requirements.txt, or run_tests.sh")
-        ids, port = check_devices(argv[1], count), check_port(argv[3])
+        nodes = nodes_from_environment()
+        _import_torch()
+        ids, port = check_devices(argv[1], count), check_port(argv[3], nodes)
         os.environ.update(environment(ids, count))
-        return launch(script, count, port, argv[4:])
+        return launch(script, count, port, argv[4:], nodes)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_CODE

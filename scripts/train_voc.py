@@ -4,13 +4,15 @@ from engine.launch import run_script
 from engine.config import load_config, split_config
 from engine.distributed import cleanup, setup
 from engine.training.train import train
+from engine.watchdog import watching
 
 
 def main(argv: list[str], default: str = "more_voc") -> None:
     name, overrides = split_config(argv, default)
-    ranks = setup()
-    train(load_config(name, overrides), ranks)
-    cleanup()
+    config = load_config(name, overrides)
+    with watching(config.train.timeout):
+        train(config, setup())
+        cleanup()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -90,6 +90,16 @@ def end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def children(parent: int) -> list[int]:
+    """The processes that a process started and that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, of = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:2]
+            found += [int(path.parent.name)] if int(of) == parent and state != "Z" else []
+    return found
 
 
 def lock(folder: Path) -> TextIO:

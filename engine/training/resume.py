@@ -11,7 +11,7 @@ from utils.errors import UserError
 MAY_CHANGE = (
     "output", "tag", "data.workers", "data.on_error", "data.max_errors", "train.log_every", "train.picture_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.validate_every", "train.validate_images",
-    "train.compile", "train.on_nonfinite", "train.max_nonfinite", "evaluate.", "crf.",
+    "train.compile", "train.timeout", "train.on_nonfinite", "train.max_nonfinite", "evaluate.", "crf.",
 )
 
 

@@ -45,6 +45,17 @@ def main(argv):
         open("/proc/x", "w")
     if argv == ["killed"]:
         os.kill(os.getpid(), 9)
+    if argv == ["killed once"] and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), 9)
+    if argv == ["wait for the others"]:
+        import torch
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+        sys.stdout.write(f"pid {os.getpid()}\\n")
+        sys.stdout.flush()
+        if rank == int(os.environ["SLOW_RANK"]):
+            time.sleep(60)
+        torch.distributed.barrier()
     if argv == ["busy"]:
         with stops_put_off():
             print("busy", flush=True)
@@ -68,7 +79,7 @@ def house(tmp_path):
     for folder in ("engine", "utils", "scripts", "tools"):
         (root / folder).mkdir(parents=True)
     utils = ("errors.py", "files.py", "offline.py", "processes.py", "python.sh")
-    needed = [ROOT / "engine/launch.py", *(ROOT / "utils" / name for name in utils)]
+    needed = [ROOT / "engine/launch.py", ROOT / "engine/nodes.py", *(ROOT / "utils" / name for name in utils)]
     for path in (*ROOT.glob("run_*.sh"), *needed):
         shutil.copy(path, root / path.relative_to(ROOT))
     for name in ("scripts/train_voc.py", "tools/infer_voc.py", "tools/infer_seg_coco.py"):
