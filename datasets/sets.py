@@ -9,11 +9,13 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets import agreement
+from datasets.labels import TableLabels
 from datasets.masks import TrainMasks
 from datasets.samples import Sample
 from datasets.transforms import seeded
 from utils.batch import Batch, boxes_of, most_classes
 from utils.errors import UserError, name_some
+from utils.files import hash_of_names
 from utils.images import check_same_size, normalize, read_label_map, read_rgb
 
 
@@ -51,6 +53,13 @@ class _ImageSet(Dataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def facts(self) -> dict[str, str]:
+        """Counts and hashes of its images, classes and, where they are at hand, labels, wherever the files lie."""
+        known = self.samples if isinstance(self.labels_of, TableLabels) else []
+        labels = [self.labels_of.identity(sample).hex() for sample in known]
+        facts = {"images": self.names, "classes": self.classes, "image labels": labels}
+        return {name: hash_of_names(fact) for name, fact in facts.items()}
 
 
 class TrainSet(_ImageSet):

@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from utils.errors import UserError
@@ -98,6 +98,11 @@ def alone(path: Path) -> Iterator[None]:
             except OSError:   # some file systems of clusters have no locks
                 pass
             yield
+
+
+def hash_of_names(names: Sequence[str]) -> str:
+    """Their number and the first letters of their hash, to compare lists."""
+    return f"{len(names)} (sha256 {hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:12]})"
 
 
 def hash_of(path: str | os.PathLike, algorithm: str = "sha256") -> str:

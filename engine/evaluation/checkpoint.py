@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datasets import build_val_set
+from engine.alike import check_same, check_same_file
 from engine.checkpoints.files import check_classes, load_weights, run_folder
 from engine.checkpoints.opening import SUMS, checkpoint_config, find_checkpoint
 from engine.config import RunConfig
@@ -30,6 +31,8 @@ def evaluate_checkpoint(
         settings = [maps_setting([kind(checkpoint_config(file, settings, *how)[0])]), *settings]
     resolved, name = checkpoint_config(file, settings, *how)
     dataset = build_val_set(resolved)
+    check_same(dataset.facts())
+    check_same_file(file)
     check_classes(file, dataset.classes)
     method = build_method(resolved, len(dataset.classes))
     load_weights(file, method)

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from datasets import EvalItem
+from engine.alike import check_all_there
 from engine.checkpoints import files
 from engine.config import RunConfig
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
@@ -29,7 +30,7 @@ from engine.inference.plan import Plan, Row, evaluation_plan, row_name, validati
 from model.method import Method
 from utils.images import write_label_png
 from utils.metrics import Scores, confusion_matrix
-from utils.progress import progress_bar
+from utils.progress import enter, progress_bar
 
 
 def validate(method: Method, dataset: Dataset, config: RunConfig, ranks: Ranks) -> tuple[dict[str, float], int]:
@@ -70,6 +71,10 @@ def evaluate(
     evaluation = gather(None if results is None or ranks.rank else new_evaluation(results.parent))[0]
     matrices = score(method, images, classes, plan, ranks, workers, config.evaluate.images_at_once, *folders, each)
     each.gather()
+    for folder, inside in zip(folders, (row_name(plan.rows[0]), ""), strict=True):
+        if folder:
+            lacking = [name for name, _ in each.scores if not Path(folder, inside, f"{name}.png").is_file()]
+            check_all_there(lacking, len(each.scores), folder)
     made_of = {"checkpoint": weights, "iteration": iteration}
     made_of |= {"seconds": round(time.perf_counter() - started, 1), "evaluation": evaluation}
     facts, names = facts_of(config, config.data.val_split, len(images)), ("background", *dataset.classes)
@@ -135,6 +140,7 @@ def score(
             if image_scores is not None:
                 image_scores.add(item, prediction, counts)
             bar.update()
+    enter("the sum of the scores")
     total = all_reduce_sum(torch.from_numpy(np.stack(list(matrices.values()))).to(ranks.device)).cpu().numpy()
     return dict(zip(matrices, total, strict=True))
 

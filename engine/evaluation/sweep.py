@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets import EvalItem, build_val_set
+from engine.alike import check_same
 from engine.checkpoints.files import check_classes, read_meta
 from engine.distributed import Ranks, all_reduce_sum, barrier, gather, loader_workers, use_tf32
 from engine.evaluation.checkpoint import results_folder
@@ -75,6 +76,7 @@ def sweep_checkpoint(
     config, file, method = predictor.config, predictor.file, predictor.method
     plan, split = _thresholded(predictor.plan, config.method, bool(kinds)), config.data.val_split
     dataset, run = build_val_set(config), results_folder(checkpoint, file)
+    check_same(dataset.facts())
     check_classes(file, dataset.classes)
     images, names = first_images(dataset, config.evaluate.images), ("background", *dataset.classes)
     evaluation = gather(new_evaluation(run) if write and ranks.rank == 0 else None)[0]

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from datasets import EvalItem, ImageSet, Unreadable, build_image_set
+from engine.alike import check_all_there, check_same, check_same_file
 from engine.checkpoints.files import check_classes
 from engine.checkpoints.opening import checkpoint_config, find_checkpoint, open_checkpoint
 from engine.config import RunConfig
@@ -22,7 +23,7 @@ from engine.distributed import Ranks, barrier, gather, loader_workers, main_firs
 from engine.inference.many import Take, as_is, labels_alone, over_images
 from engine.inference.plan import evaluation_plan, maps_setting
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import hash_of_names, replacing
 from utils.progress import progress_bar
 
 SETTINGS = "settings.json"
@@ -52,6 +53,7 @@ class Predictor:
         """
         with main_first():
             self.file = find_checkpoint(checkpoint)
+        check_same_file(self.file)
         if kinds:
             settings = [*settings, maps_setting(kinds)]
         elif default is not None:
@@ -72,6 +74,7 @@ class Predictor:
         depends_on: what the files are made with beside checkpoint, plan and model.
         Raises UserError where the folder holds files of something else, and `overwrite` is not asked for.
         """
+        self.folder = folder
         return claim_folder(folder, {**self._made_with(), **depends_on}, overwrite, self.ranks)
 
     def write(
@@ -84,6 +87,7 @@ class Predictor:
         images r, r + world, ... One image alone is computed with all threads of the CPU.
         """
         started, ranks = time.perf_counter(), self.ranks
+        check_same({"images": hash_of_names(dataset.names)})
         share = range(ranks.rank, len(dataset), ranks.world)
         todo = [index for index in share if not finished(dataset.names[index])]
         use_tf32(self.config.train.tf32)
@@ -107,7 +111,10 @@ class Predictor:
             for _ in done:
                 bar.update()
         own = len(todo) - len(failed), len(share) - len(todo), len(failed)
-        return Written(*map(sum, zip(*gather(own), strict=True)), time.perf_counter() - started)
+        done = Written(*map(sum, zip(*gather(own), strict=True)), time.perf_counter() - started)
+        missing = [name for name in dataset.names if not finished(name)]
+        check_all_there(missing if len(missing) > done.failed else [], len(dataset), self.folder)
+        return done
 
     def _made_with(self) -> dict:
         """What predictions depend on beside the images: the weights file (name, size, time), the plan, the model."""
@@ -140,6 +147,7 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool, ranks: Ranks) ->
             with replacing(path) as part:
                 part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     barrier()
+    check_all_there([] if path.is_file() else [SETTINGS], 1, folder)
     since = path.stat().st_mtime_ns
     return lambda file: file.is_file() and file.stat().st_mtime_ns >= since
 
