@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.nodes import ONE, Company, Nodes, nodes_from_environment
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import ROOT
 from utils.offline import is_offline
 from utils.processes import IMPATIENT, STOPS, Stopped, children, end_with, stops_heeded
@@ -128,7 +128,7 @@ def error_line(error: UserError) -> str:
     """The line of a UserError; a DataLoader worker's comes wrapped into a traceback and is taken out of it."""
     text = str(error)
     wrapped = re.findall(r"^(?:\w+\.)*UserError: (.*)$", text, flags=re.MULTILINE)
-    return wrapped[-1] if wrapped else " ".join(text.split())
+    return one_line(wrapped[-1] if wrapped else text)
 
 
 def report(line: str) -> None:

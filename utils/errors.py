@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 NAMED = 5   # names a message lists
+LONGEST = 2000   # characters of a message
 
 
 class UserError(Exception):
@@ -11,6 +12,15 @@ class UserError(Exception):
 
     Entry points print the line without a traceback and exit with a code that is not 0.
     """
+
+
+def one_line(text: str) -> str:
+    """The text for a terminal or a file: printable characters alone, in one line, a very long one without its middle.
+
+    Messages quote what files hold: control sequences, halves of surrogates, megabytes.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 4 :]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from engine.config import RunConfig
 from engine.distributed import Ranks, barrier, gather, loader_workers, main_first, use_tf32
 from engine.inference.many import Take, as_is, labels_alone, over_images
 from engine.inference.plan import evaluation_plan, maps_setting
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import hash_of_names, replacing
 from utils.progress import progress_bar
 
@@ -99,7 +99,7 @@ class Predictor:
             for item in loader:
                 if isinstance(item, Unreadable):
                     failed.append(item)
-                    tqdm.write(item.reason, file=sys.stderr)
+                    tqdm.write(one_line(item.reason), file=sys.stderr)
                     bar.update()
                 else:
                     yield item
@@ -158,5 +158,5 @@ def _read_settings(path: Path, settings: dict) -> dict | None:
         return before | json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: cannot be read; give another folder, or --overwrite") from None
