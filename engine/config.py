@@ -233,7 +233,10 @@ def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[dict, str]]:
         raise UserError(f"config file {path}: base = {shown(base)}: expected the name of one config")
     if base is not None:
         beside = path.parent / f"{base}.yaml"
-        file = beside if beside.is_file() else find_config(base)
+        try:
+            file = beside if beside.is_file() else find_config(base)
+        except (UserError, OSError, ValueError) as error:   # the latter of a name that no file can have
+            raise UserError(f"config file {path}: base: {error}") from None
         if file.resolve() in [one.resolve() for one in (*above, path)]:
             raise UserError(f"config file {path}: base {base} builds on {path.name} itself")
         yield from _files(file, (*above, path))

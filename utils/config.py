@@ -4,14 +4,14 @@ Settings are flat here, values by dotted key. Scalars of YAML files and of the c
 written as until the schema gives them a type.
 """
 
+import math
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from utils.errors import UserError, likeness, nearest
@@ -19,6 +19,9 @@ from utils.files import replacing
 from utils.schema import Section, file_name, in_words, is_text, keys, notes_of, values_of
 
 COMMAND_LINE = "on the command line"
+LARGEST, MOST, DEEPEST = 1 << 20, 100_000, 50   # of a YAML text: characters; values, what aliases repeat too; levels
+KINDS = ("bool", "float", "int", "map", "merge", "null", "seq", "str", "timestamp", "value")
+TAGS = {f"tag:yaml.org,2002:{name}" for name in KINDS}
 
 
 class Layers:
@@ -137,13 +140,49 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 def read_yaml(path: Path) -> dict:
     """The content of a config file, nested. Raises UserError."""
     try:
-        OmegaConf.load(path)   # refuses keys that stand there twice, which yaml does not
-        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(f"config file {path} holds no mapping of keys to values")
     return content or {}
+
+
+def parse_yaml(text: str, loader: type = yaml.BaseLoader) -> Any:
+    """The content of a YAML text. Whatever it holds runs no code, and asks for no more memory than its values need.
+
+    Raises yaml.YAMLError, also for a key that stands twice, for tags of other types than YAML's own, and for aliases
+    that hold themselves, or grow.
+    """
+    if len(text) > LARGEST:
+        raise yaml.YAMLError(f"{len(text)} characters, more than {LARGEST}")
+    try:
+        reader = loader(text)
+        node = reader.get_single_node()
+        if node is None:
+            return None
+        values, levels = _extent(node, {})
+        if values > MOST or levels > DEEPEST:
+            raise yaml.YAMLError(f"{values} values in {levels} levels, more than {MOST} in {DEEPEST}")
+        return reader.construct_document(node)
+    except (RecursionError, ValueError) as error:   # too deep; a date or a number that is none
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values there are with every alias written out, and in how many levels. Raises yaml.YAMLError."""
+    if id(node) not in known:
+        known[id(node)] = math.inf, math.inf   # within itself
+        if node.tag not in TAGS:
+            raise yaml.YAMLError(f"the tag {node.tag} is not read")
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        names = [name.value for name, _ in pairs if isinstance(name, yaml.ScalarNode)]
+        if len({*names}) < len(names):
+            raise yaml.YAMLError(f"{Counter(names).most_common(1)[0][0]!r} stands there twice")
+        inner = [one for pair in pairs for one in pair] or (node.value if isinstance(node, yaml.SequenceNode) else [])
+        extents = [_extent(one, known) for one in inner]
+        known[id(node)] = 1 + sum(count for count, _ in extents), 1 + max((level for _, level in extents), default=0)
+    return known[id(node)]
 
 
 def read_overrides(items: Sequence[str], texts: Collection[str]) -> dict[str, Any]:
@@ -158,7 +197,7 @@ def read_overrides(items: Sequence[str], texts: Collection[str]) -> dict[str, An
         value: Any = text
         if text[0] in "[{" and full not in texts:
             try:
-                value = yaml.load(text, yaml.BaseLoader)
+                value = parse_yaml(text)
             except yaml.YAMLError as error:
                 raise UserError(f"{full}={text} {COMMAND_LINE} cannot be read: {_one_line(error)}") from error
         result |= flatten({full: value})

@@ -4,6 +4,7 @@
         lr: NotNegative = key(6e-5, "paper")
 """
 
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
+
+SCALAR = re.compile(r"""(["']?)[\w .+:~-]{0,200}\1""")   # no escapes, aliases, tags or references to the environment
 
 
 class FrozenDict(dict):
@@ -41,8 +44,10 @@ def _as_yaml(value: Any) -> Any:
         return {key: _as_yaml(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_as_yaml(one) for one in value]
+    if not isinstance(value, str) or not SCALAR.fullmatch(value):
+        return value
     try:
-        return OmegaConf.create(f"value: {value}").value if isinstance(value, str) else value
+        return OmegaConf.create(f"value: {value}").value
     except (yaml.YAMLError, OmegaConfBaseException):
         return value
 
