@@ -1,17 +1,16 @@
 """The files of irn's make_cam (Ahn et al., CVPR 2019): maps of an image's classes in a pickled dictionary."""
 
 import io
-import pickle
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from datasets.onehot import Reader, read_dictionary
 from utils.errors import UserError
-
-IRN_NAMES = {"numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer",
-             "collections.OrderedDict", "torch._utils._rebuild_tensor_v2"}   # what arrays and tensors are made with
 
 
 def irn_ids(path: Path, bkg: float, num_ids: int, size: tuple[int, int]) -> np.ndarray:
@@ -21,29 +20,44 @@ def irn_ids(path: Path, bkg: float, num_ids: int, size: tuple[int, int]) -> np.n
     Raises UserError, naming the file, for any other content.
     """
     try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            content = _IrnReader(file).load().item()
+        content = read_dictionary(path.read_bytes(), _IrnReader)
         which = "high_res" if "high_res" in content else "cam"
-        keys, maps = (torch.tensor(np.asarray(content[name])) for name in ("keys", which))
+        keys, maps = _values(content["keys"]), _values(content[which])
         if len(keys) == len(maps) == 0:
             return np.zeros(size, np.uint8)
-        maps = maps.float() if which == "high_res" else F.interpolate(maps[None].float(), size, mode="bilinear")[0]
-        if keys.shape != maps.shape[:-2] or not maps.isfinite().all() or ((keys < 0) | (keys >= num_ids - 1)).any():
-            raise ValueError(f"finite maps {tuple(maps.shape)} of keys {keys.tolist()}, which are 0..{num_ids - 2}?")
+        whole = keys.dtype.kind in "iu" and keys.ndim == 1 and 0 <= keys.min() <= keys.max() < num_ids - 1
+        whole = whole and keys.shape == maps.shape[:-2] and len(keys) < num_ids and maps.dtype.kind in "fiu"
+        with np.errstate(over="ignore"):
+            maps = maps.astype(np.float32) if whole else maps
+        if not whole or not np.isfinite(maps).all():
+            raise ValueError(f"finite maps {maps.shape} of keys {keys.tolist()}, which are 0..{num_ids - 2}?")
+        maps = torch.tensor(maps)
+        maps = maps if which == "high_res" else F.interpolate(maps[None], size, mode="bilinear")[0]
+        value, index = maps.max(0)
+        return np.array([0, *(keys + 1)], np.uint8)[torch.where(value <= bkg, 0, index + 1)]
     except Exception as error:   # a broken pickle can raise anything
         raise UserError(f"{path}: no dictionary of keys and high_res or cam, as irn's ({error!r})") from None
-    value, index = maps.max(0)
-    return np.array([0, *(keys + 1)], np.uint8)[torch.where(value <= bkg, 0, index + 1)]
 
 
-class _IrnReader(pickle.Unpickler):
-    """Knows what arrays and tensors are made with, and nothing else."""
+def _values(recorded: object) -> np.ndarray:
+    if isinstance(recorded, Tensor | list | tuple):
+        return np.asarray(recorded)
+    return recorded.values()
 
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda data: torch.load(io.BytesIO(data), "cpu", weights_only=True)
-        if f"{module}.{name}".replace("numpy._core", "numpy.core") not in IRN_NAMES:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+
+class _IrnReader(Reader):
+    """Knows the tensors of torch, too."""
+
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream)
+
+        def load(data: bytes) -> object:
+            return torch.load(io.BytesIO(data), "cpu", weights_only=True)
+
+        def rebuild(storage: object, offset: int, shape: tuple, strides: tuple, *_: object) -> Tensor:
+            flat = torch._utils._rebuild_tensor(storage, 0, (storage._size(),), (1,))
+            if math.prod(shape) > len(flat):   # strides of 0 would make any size of it
+                raise ValueError(f"a tensor {shape} of {len(flat)} numbers")
+            return flat.as_strided(shape, strides, offset)   # raises where that goes over its end
+
+        self.names |= {("torch.storage", "_load_from_bytes"): load, ("torch._utils", "_rebuild_tensor_v2"): rebuild}

@@ -39,24 +39,32 @@ class _Dtype:
 class _Array:
     """Stands for an array: its state is (version, shape, dtype, Fortran order, bytes)."""
 
-    __slots__ = ("data", "dtype", "shape")
+    __slots__ = ("data", "dtype", "order", "shape")
 
     def __setstate__(self, state: tuple) -> None:
-        _, self.shape, self.dtype, _, self.data = state
+        _, self.shape, self.dtype, fortran, self.data = state
+        self.order = "F" if fortran else "C"
 
-    def numpy(self) -> np.ndarray:
-        """The array, at most one-dimensional (where the memory order makes no difference)."""
-        if isinstance(self.data, list) and len(self.shape) <= 1:   # of objects
-            return _vector(self.data if self.shape else self.data[0])
-        if not isinstance(self.dtype, _Dtype) or not isinstance(self.data, bytes) or len(self.shape) > 1:
-            raise ValueError("a label is not a plain vector of numbers")
+    def values(self) -> np.ndarray:
+        """The array of numbers."""
+        if not isinstance(self.dtype, _Dtype) or not isinstance(self.data, bytes):
+            raise ValueError("no plain array of numbers")
         dtype = self.dtype.numpy()
         if len(self.data) != math.prod(self.shape) * dtype.itemsize:
-            raise ValueError("a label vector is cut short")
-        return np.frombuffer(self.data, dtype).astype(np.float32).reshape(self.shape)
+            raise ValueError("an array is cut short")
+        return np.frombuffer(self.data, dtype).reshape(self.shape, order=self.order)
+
+    def vector(self) -> np.ndarray:
+        """The labels of an image."""
+        if isinstance(self.data, list) and len(self.shape) <= 1:   # of objects
+            return _vector(self.data if self.shape else self.data[0])
+        if len(self.shape) > 1:
+            raise ValueError("a label is not a plain vector of numbers")
+        with np.errstate(all="ignore"):   # numbers that are no labels are refused later
+            return self.values().astype(np.float32)
 
 
-class _Reader(pickle.Unpickler):
+class Reader(pickle.Unpickler):
     """Unpickler that knows a handful of names, all of them recorders, which are made anew for every file."""
 
     def __init__(self, stream: io.BytesIO):
@@ -69,6 +77,8 @@ class _Reader(pickle.Unpickler):
             return _Array()
 
         def frombuffer(data: bytes, dtype: _Dtype, shape: tuple, order: str) -> _Array:
+            if not isinstance(data, bytes | bytearray):   # bytes(10**12) would ask for a terabyte
+                raise ValueError("a label vector without bytes")
             array = _Array()
             array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
             return array
@@ -96,7 +106,7 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in self.names:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which label files do not need")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which such files do not need")
         return self.names[module, name]
 
 
@@ -107,13 +117,7 @@ def read_onehot(path: Path) -> dict[str, np.ndarray]:
     something else, two keys of one image among it, or asks for any other function.
     """
     try:
-        content = _read_pickle(path.read_bytes())
-        if isinstance(content, _Array):  # np.save wraps the dictionary in an array without dimensions
-            if content.shape != () or not isinstance(content.data, list) or len(content.data) != 1:
-                raise ValueError("not a dictionary")
-            content = content.data[0]
-        if not isinstance(content, dict):
-            raise ValueError("not a dictionary of image names")
+        content = read_dictionary(path.read_bytes())
         names = [_name(key) for key in content]
         if len({*names}) < len(names):
             raise ValueError(f"two keys are of the image {Counter(names).most_common(1)[0][0]}")
@@ -135,18 +139,29 @@ def _name(key: object) -> str:
 
 def _vector(value: object) -> np.ndarray:
     if isinstance(value, _Array):
-        return value.numpy()
+        return value.vector()
     if not isinstance(value, list | tuple):
         raise ValueError("a label is not a plain vector of numbers")
     return np.asarray([float(v) for v in value], np.float32)
 
 
-def _read_pickle(data: bytes) -> object:
-    """The content of a .npy file that holds a pickled object, or of a bare pickle."""
+def read_dictionary(data: bytes, reader: type[Reader] = Reader) -> dict:
+    """That of a .npy file with a pickled object, or of a bare pickle, arrays as recorders. May raise anything."""
+    content = _read_pickle(data, reader)
+    if isinstance(content, _Array):  # np.save wraps the dictionary in an array without dimensions
+        if content.shape != () or not isinstance(content.data, list) or len(content.data) != 1:
+            raise ValueError("not a dictionary")
+        content = content.data[0]
+    if not isinstance(content, dict):
+        raise ValueError("not a dictionary of image names")
+    return content
+
+
+def _read_pickle(data: bytes, reader: type[Reader]) -> object:
     stream = io.BytesIO(data)
     if data.startswith(np.lib.format.MAGIC_PREFIX):
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         if read(stream)[2] != np.dtype(object):
             raise ValueError("a plain array, without image names")
-    return _Reader(stream).load()
+    return reader(stream).load()
