@@ -6,16 +6,18 @@ marked difficult too (docs/data.md says what that rests on).
 """
 
 import argparse
+import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.io import loadmat
 
 from datasets.labels import annotated_classes, multi_hot
 from datasets.onehot import read_onehot
 from datasets.prepare import preparation
+from datasets.prepare.mat import read_field
 from datasets.prepare.preparation import Preparation, Task, image_task, list_task, to_json, train_command
 from datasets.prepare.sources import Blob, Source
 from datasets.samples import read_list
@@ -135,11 +137,10 @@ def _read_png(mask: Blob) -> np.ndarray:
 def _read_mat(mask: Blob) -> np.ndarray:
     """GTcls.Segmentation of SBD: ids uint8 (H, W), 0 background."""
     try:
-        content = loadmat(mask.open(), squeeze_me=True, struct_as_record=False)
-        label_map = np.asarray(content["GTcls"].Segmentation)
-    except (KeyError, AttributeError):
+        label_map = read_field(mask.read(), "GTcls", "Segmentation")
+    except KeyError:
         raise UserError(f"{mask}: holds no GTcls.Segmentation; masks are the files of SBD's dataset/cls") from None
-    except Exception as error:  # scipy raises what its parser trips over
+    except (ValueError, TypeError, IndexError, struct.error, zlib.error, StopIteration) as error:
         raise UserError(f"{mask}: cannot be read ({error})") from None
     if label_map.ndim != 2 or label_map.dtype.kind not in "iu" or label_map.size == 0 or label_map.max() > len(CLASSES):
         raise UserError(f"{mask}: GTcls.Segmentation is no map of ids 0..{len(CLASSES)}")
