@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from utils.errors import UserError
 
+CONTROL = re.compile(r"[\0-\x1f\x7f]")   # characters that no name of a file or a line can have
 BACKGROUND, IGNORED = "background", "ignore"
 _SPELLINGS = {"background": BACKGROUND, "bg": BACKGROUND}
 _SPELLINGS |= dict.fromkeys(("ignore", "ignored", "void", "unlabeled", "unlabelled"), IGNORED)
@@ -28,7 +29,7 @@ def class_list(names: Iterable[str], source: object) -> tuple[str, ...]:
     names = names[2:] if head == [IGNORED, BACKGROUND] else names[head[:1] == [BACKGROUND] :]
     known: dict[str, str] = {}
     for name in names:
-        if reserved(name) or _FOREIGN.match(name):
+        if reserved(name) or _FOREIGN.match(name) or CONTROL.search(name):
             what = "names alone are expected, and no background but in front of them"
             raise UserError(f"{source}: {name!r} is no class; {what}")
         key = "".join(name.replace("/", "_").casefold().split())   # as folders are named by it

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-import zipfile
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,13 @@ from engine.evaluation.results import title
 from engine.inference.plan import kinds_of
 from model import METHODS
 from report.private import public
-from utils.config import flatten
+from utils.config import flatten, parse_yaml
 from utils.errors import UserError
 from utils.metrics import Scores
 
 FILES = ("config.yaml", "metrics.jsonl", "results.json")
-NOT_TERMS = ("lr", "seconds_per_iteration", "memory_gb", "skipped")
+PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+")   # words that a shell leaves as they are
+NOT_TERMS = ("lr", "seconds_per_iteration", "memory_gb", "skipped", "skipped_steps")
 
 
 @dataclass
@@ -128,7 +129,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     """Values by today's dotted keys, {} where the file cannot be read; those of a later version under their own."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except FileNotFoundError:
         notes.append(f"{path.name} is missing: the settings and the stages of the losses are not known")
         return {}
@@ -247,7 +248,8 @@ def evaluate_command(folder: Path, rows: list[dict], config: dict[str, Any]) -> 
         settings.pop("evaluate.precision", None)
     changed = {key: value for key, value in settings.items() if config.get(key) != value}
     texts = [f"{key}={json.dumps(value, separators=(',', ':'))}".replace('"', "") for key, value in changed.items()]
-    return public(" ".join([tool, str(checkpoint), *texts]))
+    words = (word if PLAIN.fullmatch(word) else shlex.quote(word) for word in (str(checkpoint), *texts))
+    return public(" ".join([tool, *words]))
 
 
 def _settings(rows: list[dict]) -> dict[str, Any]:
@@ -295,7 +297,7 @@ def _read_evaluation(run: Path, rows: list[dict], again: str) -> Evaluation:
         return found
     try:
         _read_matrices(found)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:   # a broken file makes numpy and zipfile raise nearly anything
         found.notes.append(f"{EVALUATIONS}/{name}/confusion.npz cannot be read ({_reason(error)}); `{again}`")
     try:
         found.images = _checked_images(json.loads((folder / "images.json").read_text(encoding="utf-8")))

@@ -25,6 +25,9 @@ IGNORE = 255
 ORIENTATION = 0x0112   # of EXIF; how Image.transpose undoes each
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
+# of what datasets/files.py looks for by its ending; PIL would hand PostScript to another program, for instance
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+
 warnings.filterwarnings("ignore", module=r"PIL\.")   # of odd metadata: what cannot be read is refused all the same
 
 
@@ -173,7 +176,7 @@ def heatmap(values: np.ndarray, image: np.ndarray, alpha: float = 0.5) -> np.nda
 def _opened(path: str | Path, what: str) -> Iterator[Image.Image]:
     """The PIL image, not decoded yet. What goes wrong with it in the block is a UserError that names the file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             yield image
     except UserError:
         raise

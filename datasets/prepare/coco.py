@@ -29,6 +29,7 @@ from utils.images import label_png, read_label_map
 
 SPLITS = ("train", "val")
 VAL_PART = 5000
+LONGEST = 65535   # side of an image, pixels: the most of a JPEG
 KNOWN = {"train": 82081, "val": 40137}
 
 
@@ -57,7 +58,7 @@ def read_pictures(path: Path) -> list[Picture]:
             coco = COCO(str(path))
         ids = _class_ids(coco, path)
         pictures = [_picture(coco, image, ids) for image in coco.imgs.values() if coco.imgToAnns.get(image["id"])]
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, MemoryError) as error:
         raise UserError(f"{path}: not a file of COCO instances ({error!r})") from None
     if not pictures:
         raise UserError(f"{path}: holds no images with annotations")
@@ -76,7 +77,11 @@ def _class_ids(coco: COCO, path: Path) -> dict[int, int]:
 
 def _picture(coco: COCO, image: dict, ids: dict[int, int]) -> Picture:
     shapes = [Shape(a["id"], ids[a["category_id"]], a["area"], a["segmentation"]) for a in coco.imgToAnns[image["id"]]]
-    return Picture(Path(image["file_name"]).stem, image["height"], image["width"], shapes)
+    name, sides = Path(image["file_name"]).stem, (image["height"], image["width"])
+    sound = name.split() == [name] and name.isprintable()   # as a list and a file need it
+    if not sound or not all(type(side) is int and 0 < side <= LONGEST for side in sides):
+        raise ValueError(f"image {name!r} of {sides[1]!r}x{sides[0]!r}")
+    return Picture(name, *sides, shapes)
 
 
 def rasterise(picture: Picture) -> np.ndarray:

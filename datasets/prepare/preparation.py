@@ -74,7 +74,7 @@ class Preparation:
         self.root, self.identity = root, json.loads(json.dumps(identity))
         root.mkdir(parents=True, exist_ok=True)
         self._refuse_others(foreign)
-        self.journal = open(root / JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+        self.journal = open(root / JOURNAL, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed by __exit__
         try:
             fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -144,8 +144,9 @@ class Preparation:
             self.journal.write("\n")
         contents = []
         for line in text.splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 contents.append(json.loads(line))
+        contents[1:] = [content for content in contents[1:] if _is_record(content)]
         records = {content[0]: Record(*content) for content in contents[1:]}
         if not contents or (contents[0] != self.identity and not self.finished):
             for name in records:   # of a call that was not right, or gave up
@@ -157,7 +158,7 @@ class Preparation:
         return records
 
     def _check_identity(self, earlier: dict) -> None:
-        known = {key: earlier.get(key) for key in self.identity}
+        known = {key: earlier.get(key) for key in self.identity} if isinstance(earlier, dict) else {}
         for name, theirs, ours in _differences(known, self.identity):
             raise UserError(
                 f"{self.root}: was prepared with other {name}, {_short(theirs)} instead of "
@@ -267,12 +268,19 @@ def read_manifest(root: Path) -> dict:
     path = root / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        records_of(manifest)
+        if not all(_is_record(list(record)) for record in records_of(manifest).values()) or not manifest["tool"]:
+            raise ValueError("names of files outside of it")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the folder was not prepared, or not to its end") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not the manifest of a prepared folder ({error!r})") from None
     return manifest
+
+
+def _is_record(content: Any) -> bool:
+    """Whether name, size and hash are of a file within its folder: who wrote a journal or a manifest is not known."""
+    name = content[0] if isinstance(content, list) and len(content) == 3 else None
+    return isinstance(name, str) and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
 
 
 def records_of(manifest: dict) -> dict[str, Record]:

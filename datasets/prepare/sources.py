@@ -41,7 +41,7 @@ class Blob(NamedTuple):
         if self.member is not None and self.size is None:
             try:
                 return _zip(self.path, os.getpid()).read(self.member)
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            except Exception as error:   # a broken zip makes zipfile raise many kinds
                 raise UserError(f"{self}: cannot be read ({error})") from None
         with open(self.path, "rb") as file:
             file.seek(self.offset)
@@ -166,7 +166,7 @@ def _tar_files(path: Path, named: Path) -> Iterator[tuple[str, Blob]]:
                     yield member.name, Blob(path, member.offset_data, member.size, member.name)
     except tarfile.FilterError as error:
         raise UserError(f"{named}: refused, {error}") from None
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError) as error:
         raise UserError(f"{named}: not a readable tar ({error}); is it complete?") from None
 
 
@@ -188,5 +188,5 @@ def _zip(path: Path, _process: int) -> zipfile.ZipFile:
     """Kept open, in each process its own: they would share the place in the file."""
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except Exception as error:   # a broken one makes zipfile raise many kinds
         raise UserError(f"{path}: not a readable zip ({error}); is it complete?") from None

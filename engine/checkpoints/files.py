@@ -7,16 +7,19 @@ import logging
 import math
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from datasets.classes import CONTROL
 from model import METHODS
 from model.backbones.start_weights import check_keys
 from model.method import Released
@@ -44,7 +47,8 @@ OTHERS = {
 }
 REFUSED = {
     "TorchScript": "a TorchScript file: save the state_dict() of what torch.jit.load gives",
-    "Unsupported (global|class)": "other Python objects than tensors, which could run code: save state_dict() alone",
+    "(?i)unsupported (global|class)":
+        "other Python objects than tensors, which could run code: save state_dict() alone",
     "central directory": "a torch file or zip archive that is cut short: copy or download it again",
     "PytorchStreamReader|archive": "a zip archive, or arrays of NumPy: unpack it, and give the weights file in it",
 }
@@ -96,7 +100,14 @@ def _header(path: str | os.PathLike) -> dict:
         unsealed = [*entries.values(), *([] if seal else [text])]
         if (seal and seal[1] != _hash(text)) or any(TENSORS in other for other in unsealed):
             raise ValueError("its checksum differs")
-        return json.loads(text)
+        meta = json.loads(text)
+        kinds = (("classes", list), ("settings", dict), ("val", dict))
+        if not isinstance(meta, dict) or any(not isinstance(meta.get(key, kind()), kind) for key, kind in kinds):
+            raise ValueError("its note is none of ours")
+        for name in meta.get("classes", ()):   # they become names of folders, and parts of a page
+            if not isinstance(name, str) or CONTROL.search(name) or not name.strip(". "):
+                raise ValueError(f"its note has the class {name!r}")
+        return meta
 
 
 def recognise(path: str | os.PathLike) -> tuple[str, Released] | None:
@@ -161,8 +172,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such weights file")
     with _naming_what_it_is(path), open(path, "rb") as file:   # by its name torch would take it for another format
-        ours = _is_safetensors(path)
-        weights = _load_whole(path) if ours else torch.load(file, map_location="cpu", weights_only=True)
+        weights = _load_whole(path) if _is_safetensors(path) else _torch_load(file)
     if not isinstance(weights, dict):
         raise UserError(f"{path}: holds a {type(weights).__name__}, no weights by name")
     if {"iteration", "optimizer"} <= weights.keys() <= {"iteration", "optimizer", "kind", "weights", "rest"}:
@@ -177,6 +187,13 @@ def _load_whole(path: str | os.PathLike) -> dict[str, Tensor]:
     if written and written != _digest(tensors):
         raise ValueError("its checksum differs")
     return tensors
+
+
+def _torch_load(file: BinaryIO | Path) -> Any:
+    """Runs no code of the file. May raise anything."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # of odd files, which are refused all the same
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _is_safetensors(path: str | os.PathLike) -> bool:
@@ -279,7 +296,7 @@ def _read_state(path: Path, iteration: int) -> dict:
         with zipfile.ZipFile(path) as archive:   # torch does not ask for its checksums
             if archive.testzip() is not None:
                 raise ValueError("damaged after it was written, its checksums say")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _torch_load(path)
     except Exception as error:   # whatever a file that was cut, or is another, makes of it
         raise UserError(f"{path}: not a readable state ({str(error).partition('.')[0] or 'empty'})") from None
     if not isinstance(state, dict) or state.get("iteration") != iteration or "optimizer" not in state:
@@ -292,11 +309,15 @@ def _read_state(path: Path, iteration: int) -> dict:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Takes moments and step counts from a state; rates and the like are what the config says now. Raises UserError."""
     groups, theirs = optimizer.state_dict()["param_groups"], state["optimizer"]
-    fits = state.get("kind", "AdamW") == type(optimizer).__name__   # earlier states are of AdamW
-    fits &= [len(group["params"]) for group in groups] == [len(group["params"]) for group in theirs["param_groups"]]
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    kept = ((shapes[i], value) for i, values in theirs["state"].items() for value in values.values())
-    if not fits or any(isinstance(value, Tensor) and value.dim() and value.shape != shape for shape, value in kept):
+    try:
+        fits = state.get("kind", "AdamW") == type(optimizer).__name__   # earlier states are of AdamW
+        fits &= [len(group["params"]) for group in groups] == [len(group["params"]) for group in theirs["param_groups"]]
+        kept = ((shapes[i], value) for i, values in theirs["state"].items() for value in values.values())
+        fits &= all(value.shape == shape for shape, value in kept if isinstance(value, Tensor) and value.dim())
+    except (AttributeError, LookupError, TypeError):
+        fits = False
+    if not fits:
         name = STATE.format(state["iteration"])
         raise UserError(f"{name} is of another network or optimizer: give the run's own, or another tag")
     optimizer.load_state_dict({"state": theirs["state"], "param_groups": groups})

@@ -24,6 +24,8 @@ from utils.offline import is_offline
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")   # owner/name
 ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")   # of files: what ends so is no name on the Hub
+# where an evaluation writes is said by who starts it, never by the checkpoint
+UNASKED = ["evaluate.save_labels=null", "evaluate.save_overlays=null"]
 DEFAULT = "more_voc"   # config of a file that does not say what it is
 SUMS = "SHA256SUMS"   # a folder that holds it is a release, and stays as it is
 
@@ -82,6 +84,7 @@ def checkpoint_config(
     """
     beside = run_folder(file) / "config.yaml"
     settings = read_meta(file).get("settings")
+    overrides = [*(UNASKED if config is None else []), *overrides]
     if config is None and settings is not None:
         return load_settings(_with_paths(settings, file, beside), file, overrides), file
     if config is None and beside.is_file():

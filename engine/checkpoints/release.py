@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.checkpoints.files import BEST, last_weights, read_meta, save_weights
 from engine.checkpoints.model_card import model_card
-from engine.checkpoints.opening import SUMS, Opened, open_checkpoint
+from engine.checkpoints.opening import SUMS, UNASKED, Opened, open_checkpoint
 from engine.config import load_config, load_settings, portable
 from engine.evaluation.results import title
 from engine.inference.plan import evaluation_plan
@@ -172,7 +172,7 @@ def _verify(file: Path, opened: Opened) -> None:
     """Raises UserError unless the released file opens, by its folder and by its header, and gives the same outputs."""
     released = open_checkpoint(str(file))
     meta = read_meta(file)
-    settings = load_settings(meta["settings"], str(file))
+    settings = load_settings(meta["settings"], str(file), UNASKED)
     side, kinds = opened.config.data.crop_size, evaluation_plan(opened.config).kinds
     images, labels = torch.randn(1, 3, side, side), torch.ones(1, len(opened.classes))
 
