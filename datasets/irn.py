@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,9 @@ class _IrnReader(Reader):
         super().__init__(stream)
 
         def load(data: bytes) -> object:
-            return torch.load(io.BytesIO(data), "cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")   # of odd files, which are refused all the same
+                return torch.load(io.BytesIO(data), "cpu", weights_only=True)
 
         def rebuild(storage: object, offset: int, shape: tuple, strides: tuple, *_: object) -> Tensor:
             flat = torch._utils._rebuild_tensor(storage, 0, (storage._size(),), (1,))

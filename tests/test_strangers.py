@@ -26,6 +26,7 @@ from engine.checkpoints import files
 from engine.checkpoints.opening import checkpoint_classes, checkpoint_config
 from engine.config import load_config
 from engine.distributed import Ranks
+from engine.evaluation.results import append_results
 from engine.inference.prediction_folder import claim_folder
 from report.run import evaluate_command
 from tests.datasets.prepare import devkit
@@ -128,6 +129,14 @@ def test_labels_too_large_for_a_number(tmp_path):
     np.save(tmp_path / "a.npy", np.array({"a": np.full(20, 1e300)}, object))
     samples = [Sample("a", tmp_path / "a.jpg", None)]
     refused("other values", load_labels, str(tmp_path / "a.npy"), tmp_path, tmp_path, samples, voc.CLASSES)
+
+
+@pytest.mark.parametrize("text", ['[{"miou": NaN}]', '[{"miou": 1e999}]', "[" * 10**5])
+def test_results_that_cannot_be_written_again_are_kept_aside(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    append_results(tmp_path / "results.json", [{"map": "cam"}])
+    assert json.loads((tmp_path / "results.json").read_text()) == [{"map": "cam"}]
+    assert [path.read_text() for path in tmp_path.glob("*unreadable*")] == [text]
 
 
 def test_settings_too_deep_to_be_read():

@@ -109,7 +109,8 @@ def _append(path: Path, rows: list[dict]) -> None:
     if path.exists():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            json.dumps(earlier, allow_nan=False)   # numbers that are not finite cannot be written again
+        except (ValueError, RecursionError):
             earlier = None
         if not isinstance(earlier, list):
             aside = path.with_name(f"{path.name}.unreadable-{time.time_ns()}")

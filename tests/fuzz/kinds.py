@@ -105,7 +105,8 @@ def read_split(path: Path) -> None:
     split = path.with_name("sound.txt") if path.stem == "classes" else path
     config = load_config(None, [f"data.root={path.parent}", f"data.name={layout}", "evaluate.image_labels=predicted"])
     data = build_image_set(config, str(split))
-    assert data.names and not any(re.search(r"[\0-\x1f]", name) or "/" in name for name in (*data.names, *data.classes))
+    assert data.names and not any("/" in name for name in data.names)
+    assert not any(re.search(r"[\0-\x1f]", name) for name in (*data.names, *data.classes))
 
 
 def read_table(path: Path) -> None:

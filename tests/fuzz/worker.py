@@ -17,7 +17,8 @@ from tests.fuzz.kinds import COCO_NAME, Kind, kinds
 from tests.fuzz.mutate import mutant
 from utils.errors import UserError
 
-SECONDS, MEMORY, LONGEST = 8, 3 << 30, 2000   # for a mutant; beyond what the process has; characters of a line
+SECONDS, WAIT = 6, 120   # of computing and of the clock, for a mutant: other processes may be busy
+MEMORY, LONGEST = 3 << 30, 2000   # bytes beyond what the process has; characters of a line
 
 
 def lay_out(folder: Path, kind: Kind, name: str, data: bytes, images: dict[str, bytes]) -> Path:
@@ -68,8 +69,10 @@ def main(seed: int, first: int, last: int) -> None:
             file = rng.choice(list(of[name].seeds))
             print(json.dumps([number, name, file]), file=out, flush=True)
             path = lay_out(folder, of[name], file, mutant(rng, file, of[name].seeds[file]), of["image"].seeds)
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.alarm(WAIT)
             verdict = judged(of[name], path)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
             sys.stdout.flush()
             sys.stderr.flush()
