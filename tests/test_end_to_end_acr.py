@@ -86,7 +86,7 @@ def test_two_processes_follow_one(run, tmp_path):
     for count in (1, 2):
         settings = [f"data.root={root}", f"output={tmp_path}", *SETTINGS, "train.iterations=20"]
         settings += ["train.validate_every=100", "train.checkpoint_every=1", "train.picture_every=100"]
-        done = tiny.bash("run_train.sh", "scripts/train_voc.py", "cpu", count, "auto", f"on_{count}", *settings)
+        done = tiny.fork("scripts/train_voc.py", f"tag=on_{count}", *settings, count=count)
         assert done.returncode == 0, done.stderr
     one, two = terms(tmp_path / "on_1"), terms(tmp_path / "on_2")
     assert len(one) == len(two) == 20 and one[0][-1] != one[-1][-1]
@@ -103,7 +103,7 @@ def test_two_processes_follow_one(run, tmp_path):
 
 def test_evaluation(run):
     root, folder = run
-    done = tiny.bash("run_evaluate_voc.sh", "cpu", 2, tiny.last_weights(folder), f"data.root={root}")
+    done = tiny.fork("tools/infer_voc.py", tiny.last_weights(folder), f"data.root={root}", count=2)
     assert done.returncode == 0, done.stderr
     rows = json.loads((folder / "results.json").read_text())
     assert [row["map"] for row in rows] == KINDS and {row["image_labels"] for row in rows} == {"given"}

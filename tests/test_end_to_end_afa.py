@@ -87,7 +87,7 @@ def test_two_processes_follow_one(run, tmp_path):
     same = ["model.drop_path=0", "model.dropout=0", "train.iterations=12", "train.validate_every=100", "train.lr=1e-4"]
     for count in (1, 2):
         settings = [f"data.root={root}", f"output={tmp_path}", *SETTINGS, *same]
-        done = tiny.bash("run_train.sh", "scripts/train_voc.py", "cpu", count, "auto", f"on_{count}", *settings)
+        done = tiny.fork("scripts/train_voc.py", f"tag=on_{count}", *settings, count=count)
         assert done.returncode == 0, done.stderr
     assert "batch norm" in (tmp_path / "on_2" / "train.log").read_text()
     one, two = terms(tmp_path / "on_1"), terms(tmp_path / "on_2")
@@ -102,7 +102,7 @@ def test_two_processes_follow_one(run, tmp_path):
 
 def test_evaluation(run):
     root, folder = run
-    done = tiny.bash("run_evaluate_voc.sh", "cpu", 2, tiny.last_weights(folder), f"data.root={root}")
+    done = tiny.fork("tools/infer_voc.py", tiny.last_weights(folder), f"data.root={root}", count=2)
     assert done.returncode == 0, done.stderr
     rows = json.loads((folder / "results.json").read_text())
     assert [row["map"] for row in rows] == KINDS

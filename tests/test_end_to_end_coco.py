@@ -43,9 +43,9 @@ def test_train_and_evaluate(root, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     weights = tiny.last_weights(tmp_path / "coco")
-    evaluate = ("run_evaluate_seg_coco.sh", "tools/infer_seg_coco.py", "cpu")
-    for count in (1, 2):
-        done = tiny.bash(*evaluate, count, "val", weights, "evaluate.base_size=null", "evaluate.scales.seg=[1.0,1.5]")
+    given = [weights, "evaluate.base_size=null", "evaluate.scales.seg=[1.0,1.5]"]
+    for done in (tiny.fork("tools/infer_seg_coco.py", *given, "data.val_split=val"),
+                 tiny.bash("run_evaluate_seg_coco.sh", "tools/infer_seg_coco.py", "cpu", 2, "val", *given)):
         assert done.returncode == 0, done.stderr
     first, second = json.loads((tmp_path / "coco" / "results.json").read_text())
     assert first["map"] == "seg" and first["split"] == "val" and first["images"] == 3 and len(first["iou"]) == 81
@@ -69,16 +69,16 @@ def real(shared_data, tmp_path):
 
 
 def test_prepared_real_images(real, tmp_path):
-    done = tiny.bash(
-        "run_train.sh", "scripts/train_coco.py", "cpu", 1, "auto", "real_run", f"data.root={real}",
-        f"output={tmp_path}", *tiny.SETTINGS, "train.iterations=2", "train.validate_images=1",
+    done = tiny.fork(
+        "scripts/train_coco.py", "tag=real_run", f"data.root={real}", f"output={tmp_path}", *tiny.SETTINGS,
+        "train.iterations=2", "train.validate_images=1",
         "loss.start_after={ptc: 0, certain: 0, uncertain: 0, seg: 0, energy: 0}",
     )
     assert done.returncode == 0, done.stderr
     assert "6 training images (train), 3 validation images (val_part), 80 classes" in done.stdout + done.stderr
     weights = tiny.last_weights(tmp_path / "real_run", 2)
-    done = tiny.bash("run_evaluate_seg_coco.sh", "tools/infer_seg_coco.py", "cpu", 1, "val", weights,
-                     "evaluate.base_size=null", "evaluate.scales.seg=[0.5]")
+    settings = ["data.val_split=val", "evaluate.base_size=null", "evaluate.scales.seg=[0.5]"]
+    done = tiny.fork("tools/infer_seg_coco.py", weights, *settings)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "real_run" / "results.json").read_text())
     assert row["images"] == 3 and len(row["iou"]) == 81 and 0 <= row["miou"] <= 1

@@ -44,11 +44,6 @@ def train(root, masks, output, *more):
     train_seg.main([*SETTINGS, "tag=seg", f"data.root={root}", f"data.masks={masks}", f"output={output}", *more])
 
 
-def launch(root, masks, output, *more, tag="seg", count=1):
-    given = [*SETTINGS, f"data.root={root}", f"data.masks={masks}", f"output={output}", *more]
-    return tiny.bash("run_train.sh", "scripts/train_seg.py", "cpu", count, "auto", tag, *given)
-
-
 def terms(run):
     return [line["train/seg"] for line in read_metrics(run / "metrics.jsonl") if "train/seg" in line]
 
@@ -74,7 +69,8 @@ def masks(voc_root, tmp_path_factory):
 def run(voc_root, masks, tmp_path_factory):
     """(root, run of two processes, what was said)."""
     output = tmp_path_factory.mktemp("runs")
-    done = launch(voc_root, masks, output, *LARGEFOV, count=2)
+    given = [*SETTINGS, f"data.root={voc_root}", f"data.masks={masks}", f"output={output}", *LARGEFOV]
+    done = tiny.bash("run_train.sh", "scripts/train_seg.py", "cpu", 2, "auto", "seg", *given)
     assert done.returncode == 0, done.stderr
     return voc_root, output / "seg", done
 
@@ -92,7 +88,8 @@ def test_two_processes_are_one(run, masks, tmp_path):
 def test_two_processes_are_one_with_batch_norm(run, masks, tmp_path):
     """Statistics are over all images of the batch, also at every scale of v2's loss."""
     root, short = run[0], [*RESNET, "train.iterations=3", "data.val_split=null"]
-    done = launch(root, masks, tmp_path, *short, tag="two", count=2)
+    given = [*SETTINGS, f"data.root={root}", f"data.masks={masks}", f"output={tmp_path}", *short]
+    done = tiny.fork("scripts/train_seg.py", "tag=two", *given, count=2)
     assert done.returncode == 0, done.stderr
     assert "batch norm: statistics over all processes" in done.stdout
     train(root, masks, tmp_path, *short)
@@ -116,7 +113,7 @@ def test_resume_is_exact(run, masks, tmp_path, settings):
 def test_evaluation(run):
     root, folder, _ = run
     weights = tiny.last_weights(folder)
-    done = tiny.bash("run_evaluate_voc.sh", "cpu", 1, weights, f"data.root={root}")
+    done = tiny.fork("tools/infer_voc.py", weights, f"data.root={root}")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((folder / "results.json").read_text())
     assert row["map"] == "seg" and row["image_labels"] is None

@@ -68,8 +68,8 @@ def break_image_without_label(root):
 ])
 def test_data(tiny_voc, tmp_path, fault):
     culprit = fault(tiny_voc)
-    train = tiny.train if fault is break_mask_id else tiny.train_alone
-    assert_one_line(train(tiny_voc, tmp_path / "runs", "train.iterations=2", "train.validate_every=1"), culprit)
+    done = tiny.train_alone(tiny_voc, tmp_path / "runs", "train.iterations=2", "train.validate_every=1")
+    assert_one_line(done, culprit)
 
 
 def test_a_truncated_image_in_a_worker(tiny_voc, tmp_path):
@@ -105,12 +105,13 @@ def test_config(tiny_voc, tmp_path, override, words):
 def test_start_weights_that_cannot_be_fetched(tiny_voc, tmp_path, monkeypatch):
     monkeypatch.setenv("WSSS_OFFLINE", "1")
     monkeypatch.setenv("WSSS_DOWNLOADS", str(tmp_path / "downloads"))
-    done = tiny.train(tiny_voc, tmp_path / "runs", "model.weights=vit_base_imagenet", count=2)
+    done = tiny.train_alone(tiny_voc, tmp_path / "runs", "model.weights=vit_base_imagenet", count=2)
     assert_one_line(done, "vit_base_imagenet", "offline", "jx_vit_base_p16_224-80ecf9dd.pth", tmp_path / "downloads")
 
 
 def test_a_batch_that_cannot_be_shared(tiny_voc, tmp_path):
-    assert_one_line(tiny.train(tiny_voc, tmp_path / "runs", "train.batch_size=3", count=2), "train.batch_size=3", "2")
+    done = tiny.train_alone(tiny_voc, tmp_path / "runs", "train.batch_size=3", count=2)
+    assert_one_line(done, "train.batch_size=3", "2")
 
 
 def test_class_count_of_the_checkpoint(tiny_voc, tmp_path):
@@ -118,7 +119,7 @@ def test_class_count_of_the_checkpoint(tiny_voc, tmp_path):
     assert done.returncode == 0, done.stderr
     weights = tiny.last_weights(tmp_path / "runs" / "tiny", 1)
     classes = "data.classes=[" + ",".join(f"c{i}" for i in range(25)) + "]"
-    done = tiny.bash("run_evaluate_voc.sh", "cpu", 1, weights, classes, "data.image_labels=masks")
+    done = tiny.fork("tools/infer_voc.py", weights, classes, "data.image_labels=masks")
     assert_one_line(done, "20", "25")
 
 

@@ -1,20 +1,22 @@
 """A run small enough for a test: settings, and the launchers as a user calls them."""
 
-import importlib
 import multiprocessing
 import os
 import resource
+import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.launch import DEVICE, run_script
+from engine.launch import DEVICE, ERROR_FILE, LAUNCHER, check_port, environment
 from datasets.voc import CLASSES
 from engine.checkpoints.files import WEIGHTS, save_weights
 from engine.config import load_config, portable
@@ -34,7 +36,7 @@ SETTINGS = [
 ]
 
 _forks = multiprocessing.get_context("forkserver")   # its processes begin with the scripts' imports done
-_forks.set_forkserver_preload(["scripts.train_voc"])
+_forks.set_forkserver_preload(["tests.tiny"])
 
 
 def bash(script: str, *arguments: object, cwd: Path = ROOT, timeout: int = 180) -> subprocess.CompletedProcess:
@@ -49,21 +51,66 @@ def train(root: Path, output: Path, *overrides: str, tag: str = "tiny", count: i
     return bash("run_train.sh", "scripts/train_voc.py", "cpu", count, "auto", tag, *settings, cwd=cwd)
 
 
-def train_alone(root: Path, output: Path, *overrides: str, tag: str = "tiny") -> subprocess.CompletedProcess:
-    """`train` without its launcher: scripts/train_voc.py in a process of its own, sooner as nothing is imported."""
-    arguments = [f"tag={tag}", f"data.root={root}", f"output={output}", *SETTINGS, *overrides]
-    files = [output.parent / f"{tag}.{stream}" for stream in ("stdout", "stderr")]
-    process = _forks.Process(target=_run, args=("scripts.train_voc", arguments, *files))
-    process.start()
-    process.join(180)
-    return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in files))
+def train_alone(root: Path, output: Path, *overrides: str, tag: str = "tiny", count: int = 1):
+    """`train` without its launcher."""
+    return fork("scripts/train_voc.py", f"tag={tag}", f"data.root={root}", f"output={output}", *SETTINGS, *overrides,
+                count=count)
+
+
+def fork(script: str, *arguments: object, count: int = 1) -> subprocess.CompletedProcess:
+    """A script or tool on `count` processes that meet as a launcher's do, sooner as nothing is imported.
+
+    As there, all end with the first that fails, whose code is returned, and its mistake stands in one line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given = {**os.environ, **environment(None, count), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(check_port("auto")), ERROR_FILE: f"{folder}/error"}
+        given.pop(LAUNCHER)
+        shared = (script, [*map(str, arguments)], given)
+        processes = left = [_forks.Process(target=_run, args=(rank, folder, *shared)) for rank in range(count)]
+        for process in processes:
+            process.start()
+        while left and not any(process.exitcode for process in processes):
+            if not connection.wait([process.sentinel for process in left], 180):
+                break
+            left = [process for process in left if process.is_alive()]
+        code = next((process.exitcode for process in processes if process.exitcode), 0)
+        for process in processes:
+            process.kill()
+            process.join()
+        assert code or not left, f"{script} hangs"
+        said = ["".join(Path(folder, f"{stream}{rank}").read_text() for rank in range(count)) for stream in (1, 2)]
+        mistake = Path(folder, "error")
+        return subprocess.CompletedProcess(
+            arguments, code, said[0], said[1] + (f"error: {mistake.read_text()}\n" if mistake.exists() else ""))
+
+
+def _run(rank: int, folder: str, script: str, arguments: list[str], given: dict[str, str]) -> None:
+    for stream in (1, 2):
+        os.dup2(os.open(f"{folder}/{stream}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.clear()
+    os.environ.update(given, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(int(given["OMP_NUM_THREADS"]))
+    _become(script, arguments)
 
 
 def start_alone(arguments: list[str], log: Path) -> multiprocessing.Process:
-    """scripts/train_voc.py in a process of its own, which is not waited for; what it says is written to `log`."""
-    process = _forks.Process(target=_run, args=("scripts.train_voc", arguments, log, log))
+    """scripts/train_voc.py in a process of its own, which is not waited for; what it says is added to `log`."""
+    process = _forks.Process(target=_run_alone, args=(arguments, log))
     process.start()
     return process
+
+
+def _run_alone(arguments: list[str], log: Path) -> None:
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ[DEVICE] = "cpu"
+    _become("scripts/train_voc.py", arguments)
+
+
+def _become(script: str, arguments: list[str]) -> None:
+    sys.argv = [str(ROOT / script), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def text_of(path: Path) -> str:
@@ -72,14 +119,6 @@ def text_of(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
-
-
-def _run(module: str, arguments: list[str], stdout: Path, stderr: Path) -> None:
-    for stream, file in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    os.environ[DEVICE] = "cpu"
-    sys.argv = [module, *arguments]
-    run_script(importlib.import_module(module).main)
 
 
 def train_toy(root: Path, output: Path, *more: str) -> None:

@@ -1,7 +1,4 @@
-"""A method in closed form and a data set for it; as a program, one of two processes that evaluate it.
-
-    python -m tests.engine.fake_method RANK WORLD STORE RESULTS
-"""
+"""A method in closed form and a data set for it; as a program, one of several processes that evaluate it."""
 
 import sys
 from collections.abc import Iterator
@@ -11,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from datasets import EvalItem
 from engine.config import load_config
-from engine.distributed import Ranks, cleanup
+from engine.distributed import cleanup, setup
 from engine.evaluation.evaluate import evaluate
 from model import METHODS
 from model.method import MapPlan, Method
@@ -110,11 +106,8 @@ def config(*overrides: str):
 
 
 if __name__ == "__main__":
-    rank, world, store, results = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    ranks = Ranks(rank, world, torch.device("cpu"))
-    own = results.with_name(f"{results.name}.{rank}")
+    ranks = setup()
     with registered():
-        rows = evaluate(FakeMethod(), FakeSet(5), config(), ranks, "weights", own)
+        rows = evaluate(FakeMethod(), FakeSet(5), config(), ranks, "weights", Path(f"{sys.argv[1]}.{ranks.rank}"))
     print(repr([row["miou"] for row in rows]))
     cleanup()

@@ -158,9 +158,7 @@ def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
     arguments = [str(checkpoint), str(images), "--kinds", "cam", "--device", "cpu", "--output"]
     with pytest.raises(SystemExit):
         tool.main([*arguments, str(tmp_path / "one")])
-    command = [sys.executable, "engine/launch.py", "tools/predict.py", "cpu", "2", "auto", *arguments]
-    command += [str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = tiny.fork("tools/predict.py", *arguments, tmp_path / "two", count=2)
     assert done.returncode == 1 and "3 written, 0 there already, 1 not readable" in done.stdout, done.stderr
     one, two = tmp_path / "one", tmp_path / "two"
     assert files(one).keys() == files(two).keys()

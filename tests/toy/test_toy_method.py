@@ -1,8 +1,6 @@
 """A method that the project knows nothing of (tests/toy/method.py) goes the whole way, without a line anywhere else."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +62,7 @@ def test_evaluation_on_one_and_two_processes(run, tmp_path):
     arguments = [str(weights(folder)), f"data.root={root}", "evaluate.crf=true", "crf.iterations=1"]
     infer_voc.main(arguments)
     alone = json.loads((folder / "results.json").read_text())
-    command = [sys.executable, tiny.ROOT / "engine" / "launch.py", method.__file__, "cpu", "2", "auto"]
-    command += ["tools.infer_voc", *arguments]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=180, check=False)
+    done = tiny.fork(method.__file__, "tools.infer_voc", *arguments, count=2)
     assert done.returncode == 0, done.stderr
     both = json.loads((folder / "results.json").read_text())[len(alone):]
     assert [row["map"] for row in both] == ["evidence", "evidence", "regions", "regions"]

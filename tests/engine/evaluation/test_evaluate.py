@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -31,6 +29,7 @@ from engine.inference.plan import evaluation_plan, validation_plan
 from model.method import MapPlan
 from report.run import evaluate_command
 from tests.engine.fake_method import FakeMethod, FakeSet, K, config, fake_is_known  # noqa: F401
+from tests.tiny import fork
 from utils.batch import Batch
 from utils.crf import dense_crf
 from utils.errors import UserError
@@ -38,7 +37,6 @@ from utils.images import to_uint8
 from utils.metrics import confusion_matrix
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-ROOT = Path(__file__).resolve().parents[3]
 FIELDS = ["map", "method", "dataset", "split", "images", "scales", "flip", "crf", "image_labels", "predicted_from",
           "background", "input", "precision", "miou", "pixel_accuracy", "iou", "checkpoint", "iteration", "seconds",
           "evaluation"]
@@ -412,19 +410,16 @@ def test_an_unreadable_results_file_is_kept(tmp_path):
 
 def test_two_processes_score_what_one_does(tmp_path):
     alone = evaluate(FakeMethod(), FakeSet(5), config(), ALONE, "weights", tmp_path / "one")
-    command = [sys.executable, "-m", "tests.engine.fake_method"]
-    commands = [[*command, rank, "2", str(tmp_path / "store"), str(tmp_path / "two")] for rank in "01"]
-    both = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) for line in commands]
-    outputs = [process.communicate(timeout=100)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    done = fork("tests/engine/fake_method.py", tmp_path / "two", count=2)
+    assert done.returncode == 0, done.stderr
     shared = json.loads((tmp_path / "two.0").read_text())
     own = {"seconds": 0, "evaluation": None}
     assert [{**row, **own} for row in shared] == [{**row, **own} for row in alone]
     one, two = (evaluation_folder(rows, tmp_path) for rows in (alone, shared))
     assert {path.name: path.read_bytes() for path in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
     assert one != two and len(list(one.iterdir())) == 2 + 5 * 5
-    assert not (tmp_path / "two.1").exists() and "Summary" not in outputs[1]
-    assert outputs[1].strip() == repr([row["miou"] for row in alone])
+    miou = repr([row["miou"] for row in alone])
+    assert not (tmp_path / "two.1").exists() and done.stdout.endswith(f"{miou}\n{miou}\n")   # the second says no more
 
 
 @pytest.mark.parametrize("base_size", ["null", "8"])
