@@ -12,12 +12,27 @@ from PIL import Image
 
 from bilateralfilter import _extension
 
+pytest_plugins = ["tests.goldens.plugin"]   # here: the process that starts pytest-xdist's workers opens no folder below
 ROOT = Path(__file__).resolve().parents[1]
 TINY_CLASSES = {1: "aeroplane", 3: "bird", 8: "cat", 12: "dog"}  # VOC id -> name
 
 # tests that run beside each other share the cores: threads that wait for a core cost more than they bring
 BESIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 torch.set_num_threads(max(1, min(2, len(os.sched_getaffinity(0)) // BESIDE)))
+
+# the longest files, begun first, so that two workers end at the same time
+LONGEST = (
+    "bilateralfilter/test_sanitizers.py", "bilateralfilter/test_gpu.py", "benchmarks/test_gpu_suite.py",
+    "benchmarks/test_training.py", "test_end_to_end.py", "test_end_to_end_coco.py", "test_end_to_end_seg.py",
+    "engine/training/test_on_fake_gpu.py", "engine/test_launch.py", "test_user_errors.py",
+    "benchmarks/test_benchmark.py", "bilateralfilter/test_extension.py", "engine/training/test_afa_on_fake_gpu.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if BESIDE > 1:
+        places = {ROOT / "tests" / file: place for place, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,8 @@
-"""Access to the goldens, and the guard that none of them stays uncompared.
+"""Access to the goldens, and the guard that none of them stays uncompared: a plugin of pytest, see tests/conftest.py.
 
 The folder is $GOLDENS_DIR, by default ../shared/goldens next to the project. A file counts as compared once a test
-took it from the fixture `golden`. When this whole folder of tests was run, a file that no test took fails the run.
+took it from the fixture `golden`. When this whole folder of tests was run, a file that no test took fails the run;
+pytest-xdist's workers tell the process that started them what they took.
 """
 
 import os
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 METHODS = ("more", "afa", "acr")  # the folders of goldens whose method the project has
 ENDINGS = (".npz", ".safetensors", ".txt")
 
@@ -66,7 +68,14 @@ def golden() -> Goldens:
 
 
 def pytest_deselected(items):
-    GOLDENS.deselected = GOLDENS.deselected or bool(items)
+    GOLDENS.deselected |= any(HERE in item.path.parents for item in items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    taken, deselected = getattr(node, "workeroutput", {}).get("goldens", ((), False))
+    GOLDENS.taken.update(taken)
+    GOLDENS.deselected |= deselected
 
 
 def _everything_was_run(session: pytest.Session) -> bool:
@@ -75,14 +84,15 @@ def _everything_was_run(session: pytest.Session) -> bool:
     left_out = (config.option.collectonly, config.option.ignore, config.option.ignore_glob, GOLDENS.deselected)
     if any(left_out) or session.shouldstop or session.shouldfail:
         return False
-    here = Path(__file__).resolve().parent
     selected = [(config.invocation_params.dir / argument).resolve() for argument in config.args if "::" not in argument]
-    return any(here.is_relative_to(path) for path in selected)
+    return any(HERE.is_relative_to(path) for path in selected)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int):
-    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and _everything_was_run(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["goldens"] = sorted(GOLDENS.taken), GOLDENS.deselected
+    elif exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and _everything_was_run(session):
         left = GOLDENS.uncompared()
         if left:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
