@@ -13,6 +13,7 @@ from bilateralfilter import _extension
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")  # in the order in which they are loaded before Python
 SANITIZE = ["-O0", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+OF_EACH = ("baseline", "wide", "have_wide", "AHEAD")
 
 BEGIN = """
 import sys
@@ -90,11 +91,14 @@ def run(tmp_path_factory):
     library = tmp_path_factory.mktemp("sanitized") / f"{_extension.name_of('cpu', None)}.so"
     base = [compiler, "-std=c++20", "-fPIC", "-fopenmp", *SANITIZE]
     folders = [f"-I{path}" for path in cpp_extension.include_paths()]
-    objects = {str(library.with_name(f"{path.stem}.o")): str(path) for path in _extension.sources(cuda=False)}
-    compilations = [subprocess.Popen([*base, *folders, "-c", path, "-o", name]) for name, path in objects.items()]
-    assert [compilation.wait() for compilation in compilations] == [0] * len(objects)
+    lines = []   # one source, for torch's headers take as long as ours; it keeps apart what each of ours has of its own
+    for path in _extension.sources(cuda=False):
+        lines += [f"#undef {name}\n#define {name} {name}_of_{path.stem}" for name in OF_EACH]
+        lines += ["#undef INNER_LOOPS", f'#include "{path}"']
+    source = library.with_suffix(".cpp")
+    source.write_text("\n".join(lines))
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-    subprocess.run([*base, "-shared", *objects, *libraries, "-o", str(library)], check=True)
+    subprocess.run([*base, "-shared", *folders, str(source), *libraries, "-o", str(library)], check=True)
 
     environment = {
         **os.environ,
