@@ -70,7 +70,7 @@ class _Agreement(torch.autograd.Function):
 
 def _resize(x: Tensor, scale: float, mode: str) -> Tensor:
     align = {"align_corners": False} if mode == "bilinear" else {}
-    return F.interpolate(x, scale_factor=scale, mode=mode, recompute_scale_factor=True, **align)
+    return F.interpolate(x, [max(int(side * scale), 1) for side in x.shape[-2:]], mode=mode, **align)
 
 
 def _wholly_valid(valid: Tensor, scale: float) -> Tensor:
