@@ -168,20 +168,25 @@ def test_a_batch_without_labels(random):
     assert uncertain_loss(tokens, patches, samples, none).isfinite()
 
 
+def plain_gcr(layer, class_tokens, patches):
+    """Image by image and class by class."""
+    results = []
+    for c, own in zip(class_tokens, patches, strict=True):
+        head, tail = layer.head_proj(c), layer.tail_proj(torch.cat([c, own]))
+        for k in range(len(c)):
+            score = tail @ head[k] / c.shape[1]**0.5
+            value, index = score.topk(int(layer.ratio * len(c)))
+            n, p = tail[index], value.softmax(0)[:, None]
+            gate = torch.tanh(head[k] + (1 - p) * head[k] + p * n)
+            a = (n.sum(1) * gate.sum(1)).softmax(0)[:, None]
+            m = (a * n).sum(0)
+            plus = F.leaky_relu(layer.linear1((head[k] + m) * 0.1 + c[k]))
+            times = F.leaky_relu(layer.linear2(head[k] * m * 0.1 + c[k]))
+            results.append(layer.norm(plus + times))
+    return torch.stack(results).unflatten(0, class_tokens.shape[:2])
+
+
 def test_gcr_by_classes():
     layer = GraphCategoryRepresentation(D)
     c, patches = torch.randn(1, 4, D), torch.randn(1, 6, D)
-    head = layer.head_proj(c)[0]
-    tail = layer.tail_proj(torch.cat([c, patches], 1))[0]
-    out = []
-    for k in range(4):
-        score = tail @ head[k] / D**0.5
-        value, index = score.topk(2)
-        n, p = tail[index], value.softmax(0)[:, None]
-        gate = torch.tanh(head[k] + (1 - p) * head[k] + p * n)
-        a = (n.sum(1) * gate.sum(1)).softmax(0)[:, None]
-        m = (a * n).sum(0)
-        plus = F.leaky_relu(layer.linear1((head[k] + m) * 0.1 + c[0, k]))
-        times = F.leaky_relu(layer.linear2(head[k] * m * 0.1 + c[0, k]))
-        out.append(layer.norm(plus + times))
-    torch.testing.assert_close(layer(c, patches)[0], torch.stack(out))
+    torch.testing.assert_close(layer(c, patches), plain_gcr(layer, c, patches))
