@@ -13,7 +13,7 @@ from model import build_method
 from model.method import MapPlan
 from model.multi_scale import LARGEST, SUM, SUM_OF_POSITIVE, fused_maps, min_max
 from model.par import COLOUR_WIDTH, POSITION_WEIGHT, par_affinity, par_refine
-from model.pseudo_labels import present_first, refined_labels, threshold, valid_tokens
+from model.pseudo_labels import present_first, refined_labels, valid_tokens
 
 
 def coarse(images):
@@ -88,19 +88,6 @@ def test_par_is_the_plain_one():
     image, maps, dilations = torch.rand(1, 3, 7, 6), torch.rand(1, 2, 7, 6), (1, 2)
     ours = par_refine(maps, par_affinity(image, dilations), dilations, 3)
     torch.testing.assert_close(ours, plain_par(image, maps, dilations, 3), rtol=1e-4, atol=1e-6)
-
-
-def test_threshold_by_pixels():
-    maps, labels = torch.rand(2, 3, 5, 5), torch.tensor([[1.0, 0, 1], [0, 0, 0]])
-    maps[0, :, 0, 0], maps[0, :, 0, 1] = 0.5, 0.25   # exactly on the thresholds
-    present = present_first(labels)
-    ours = threshold(present.of(maps), present, high=0.5, low=0.25)
-    for b in range(2):
-        for y in range(5):
-            for x in range(5):
-                value, label = max((float(maps[b, k, y, x] * labels[b, k]), -k) for k in range(3))
-                expected = 0 if value <= 0.25 else 255 if value <= 0.5 else 1 - label
-                assert ours[b, y, x] == expected
 
 
 def test_refined_labels_image_by_image():

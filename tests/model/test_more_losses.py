@@ -4,11 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.baselines.plain_step import plain_certain_loss, plain_segmentation_loss, plain_uncertain_loss
 from model.losses.affinity import ptc_loss
-from model.losses.segmentation import segmentation_loss
-from model.more.gcr import GraphCategoryRepresentation
-from model.more.lir import EPS, Samples, certain_loss, hashed_order, sample_uncertain, uncertain_loss
+from model.more.lir import certain_loss, hashed_order, sample_uncertain, uncertain_loss
 from model.more.network import Outputs
 from model.pseudo_labels import present_first
 
@@ -32,38 +29,6 @@ def outputs(tokens, patches):
 
 def in_order(seeds, count):
     return torch.arange(count).expand(len(seeds), -1)
-
-
-def test_ptc_by_pairs(random):
-    _, patches, mask, _ = random
-    positive, negative, same, different = 0.0, 0.0, 0, 0
-    for image, label in zip(patches.flatten(2), mask.flatten(1), strict=True):
-        for i in range(H * W):
-            for j in range(H * W):
-                if i != j and 255 not in (label[i], label[j]):
-                    value = F.cosine_similarity(image[:, i], image[:, j], dim=0).abs().item()
-                    if label[i] == label[j]:
-                        positive, same = positive + value, same + 1
-                    else:
-                        negative, different = negative + value, different + 1
-        break   # one image is slow enough
-    expected = 0.5 * (1 - positive / (same + 1)) + 0.5 * negative / (different + 1)
-    assert ptc_loss(patches[:1], mask[:1]).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_segmentation_is_the_plain_one():
-    logits, labels = torch.randn(2, 4, 5, 6), torch.randint(0, 4, (2, 5, 6))
-    labels[0, :2] = 255
-    torch.testing.assert_close(segmentation_loss(logits, labels), plain_segmentation_loss(logits, labels))
-
-
-@pytest.mark.parametrize("temperature", [0.5, 0.1])
-def test_certain_by_classes(random, temperature):
-    assert EPS == 1e-4   # which the plain one shares
-    tokens, patches, mask, labels = (x.double() if x.is_floating_point() else x for x in random)
-    expected = plain_certain_loss(outputs(tokens, patches), mask, labels, temperature).item()
-    ours = certain_loss(tokens, patches, mask, present_first(labels), temperature).item()
-    assert ours == pytest.approx(expected, rel=1e-7)
 
 
 def test_certain_stays_finite(random):
@@ -124,14 +89,6 @@ def test_small_grids_have_no_uncertain_loss(size):
     assert loss.item() == 0 and not patches.grad.any()
 
 
-def test_uncertain_by_tokens(random):
-    tokens, patches, _, labels = random
-    index = torch.tensor([[5, 2 * W + 3, 0], [0, 0, 7], [1, 1, 1]])
-    samples = Samples(index, torch.tensor([[0.0, 1, 0], [1, 1, 0], [0, 0, 0]]))
-    expected = plain_uncertain_loss(outputs(tokens, patches), [[(2, 3)], [(0, 0), (0, 0)], []], labels).item()
-    assert uncertain_loss(tokens, patches, samples, labels).item() == pytest.approx(expected, rel=1e-5)
-
-
 def test_hashed_order_depends_on_the_seed_alone():
     first = hashed_order(torch.tensor([3, 4]), 50)
     assert torch.equal(first[1], hashed_order(torch.tensor([4]), 50)[0])
@@ -184,9 +141,3 @@ def plain_gcr(layer, class_tokens, patches):
             times = F.leaky_relu(layer.linear2(head[k] * m * 0.1 + c[k]))
             results.append(layer.norm(plus + times))
     return torch.stack(results).unflatten(0, class_tokens.shape[:2])
-
-
-def test_gcr_by_classes():
-    layer = GraphCategoryRepresentation(D)
-    c, patches = torch.randn(1, 4, D), torch.randn(1, 6, D)
-    torch.testing.assert_close(layer(c, patches), plain_gcr(layer, c, patches))

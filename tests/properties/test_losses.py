@@ -16,7 +16,7 @@ from model.losses.consistency import mirror_consistency
 from model.losses.energy import energy_loss
 from model.losses.segmentation import pixel_cross_entropy, segmentation_loss
 from model.more.gcr import GraphCategoryRepresentation
-from model.more.lir import certain_loss, hashed_order, sample_uncertain, token_loss, uncertain_loss
+from model.more.lir import EPS, certain_loss, hashed_order, sample_uncertain, token_loss, uncertain_loss
 from model.pseudo_labels import present_first
 from tests.bilateralfilter.slow import image_features, slow_filter
 from tests.model.test_acr import plain_consistency
@@ -103,6 +103,7 @@ def test_token_loss_by_classes(case, temperature):
 @examples
 @given(cases(6), temperatures, st.booleans())
 def test_certain_loss_is_that_of_the_valid_tokens(case, temperature, padded):
+    assert EPS == 1e-4   # which the plain one shares
     tokens = case.normal(case.batch, case.classes, DIM).requires_grad_()
     patches, ids, hot = case.normal(case.batch, DIM, *case.size), case.ids(), case.multi_hot()
     valid = case.valid() if padded else None
