@@ -25,6 +25,7 @@ LONGEST = (
     "bilateralfilter/test_sanitizers.py", "bilateralfilter/test_gpu.py", "benchmarks/test_gpu_suite.py",
     "benchmarks/test_training.py", "test_end_to_end.py", "test_end_to_end_coco.py", "test_end_to_end_seg.py",
     "engine/training/test_on_fake_gpu.py", "engine/test_launch.py", "test_user_errors.py",
+    "test_kills.py", "engine/test_nodes.py", "test_end_to_end_nodes.py", "engine/training/test_faults.py",
     "benchmarks/test_benchmark.py", "bilateralfilter/test_extension.py", "engine/training/test_afa_on_fake_gpu.py",
 )
 
