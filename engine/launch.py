@@ -34,7 +34,7 @@ from engine.nodes import ONE, Company, Nodes, nodes_from_environment
 from utils.errors import UserError, one_line
 from utils.files import ROOT
 from utils.offline import is_offline
-from utils.processes import IMPATIENT, STOPS, Stopped, children, end_with, stops_heeded
+from utils.processes import IMPATIENT, Stopped, children, end_with, stops_given_to, stops_heeded
 
 ERROR_FILE = "WSSS_ERROR_FILE"  # names the file that takes the first mistake of all processes
 DEVICE = "WSSS_DEVICE"  # cpu or cuda
@@ -305,13 +305,8 @@ def signals_passed_on(folder: Path) -> Iterator[None]:
                 with contextlib.suppress(ProcessLookupError):   # it ended just now
                     os.kill(pid, signal.SIGKILL if kill else number)
 
-    heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, pass_on) for number in heeded}
-    try:
+    with stops_given_to(pass_on):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _exit_code(code: int, rank: int) -> int:

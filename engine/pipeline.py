@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -34,7 +33,7 @@ from model import METHODS
 from utils.config import Layers, shown
 from utils.errors import UserError
 from utils.files import ROOT, hash_of, replacing
-from utils.processes import STOPS, end_with, lock
+from utils.processes import end_with, lock, stops_given_to
 from utils.schema import Count, Flag, Section, Text, key
 
 STEPS = ("train_first", "evaluate_first", "sweep", "export", "train_second", "evaluate_second", "report")
@@ -337,14 +336,10 @@ def run_command(command: Sequence[str]) -> tuple[int, list[str]]:
         with contextlib.suppress(ProcessLookupError):   # it ended just now
             os.killpg(process.pid, number)
 
-    heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]   # under nohup not all
-    before = {number: signal.signal(number, pass_on) for number in heeded}
-    with process:
+    with stops_given_to(pass_on), process:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line.rstrip("\n"))
-    for number, handler in before.items():
-        signal.signal(number, handler)
     code = process.returncode if process.returncode >= 0 else 128 - process.returncode
     return code or (128 + received[0] if received else 0), lines
 

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -36,18 +36,22 @@ class _Asked:
 
 @contextmanager
 def stops_heeded() -> Iterator[None]:
-    """Within it the first signal of STOPS raises Stopped; IMPATIENT seconds later another one kills this process.
-
-    Signals that are ignored, as a hang-up is under nohup, stay so.
-    """
+    """Within it the first signal of STOPS raises Stopped; IMPATIENT seconds later another one kills this process."""
     _Asked.pid, _Asked.number, _Asked.put_off = os.getpid(), 0, False
+    with stops_given_to(_heed):
+        yield
+
+
+@contextmanager
+def stops_given_to(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Within it the signals of STOPS go to `handler`, but for those that are ignored, as a hang-up is under nohup."""
     heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, _heed) for number in heeded}
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, own in before.items():
+            signal.signal(number, own)
 
 
 def _heed(number: int, _frame: object) -> None:
