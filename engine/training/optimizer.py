@@ -15,16 +15,12 @@ def lr_factor(step: int, warmup: int, iterations: int, ratio: float, power: floa
 
 
 def build_optimizer(groups: list[dict], train: Train) -> torch.optim.Optimizer:
-    """The optimizer that `train.optimizer` names, over a method's parameter groups.
-
-    Fused: its step can be left out by its attributes found_inf and grad_scale, those that torch's GradScaler sets.
-    """
+    """The optimizer that `train.optimizer` names, over a method's parameter groups."""
     how = {"weight_decay": train.weight_decay, "fused": True}
     if train.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, train.lr, momentum=train.momentum, **how)
     else:
         optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=1e-8, **how)
-    optimizer.grad_scale = None
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer

@@ -58,10 +58,17 @@ class Trainer:
             total = sum(weights[name] * term for name, term in terms.items())
             total.backward()
             self.failed = self._not_finite(total.detach())
-        self.optimizer.found_inf = self.failed   # of a fused optimizer: the step is left out without waiting for a GPU
-        self.optimizer.step()
+        self._step()
         self.iteration += 1
         return {name: term.detach() for name, term in {**terms, "total": total}.items()}
+
+    def _step(self) -> None:
+        """Takes the optimizer's step unless it failed; a fused one decides that itself: no GPU is waited for."""
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        if fused:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, self.failed   # as torch's GradScaler sets them
+        if fused or not self.failed:
+            self.optimizer.step()
 
     def _not_finite(self, total: Tensor) -> Tensor:
         """1 where the loss or a gradient is not finite, else 0; the same on all processes."""

@@ -69,8 +69,11 @@ def test_it_ends_the_run(voc_root, tmp_path, fault):
         tiny.train_toy(voc_root, tmp_path, "train.checkpoint_every=3", "resume=auto")
 
 
-def test_it_is_left_out(voc_root, tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize("fused", [True, False])
+def test_it_is_left_out(voc_root, tmp_path, monkeypatch, fault, fused):
     """As if the step had not been: parameters, what the optimizer keeps and batch statistics; the log counts it."""
+    sgd = torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *a, **how: sgd(*a, **{**how, "fused": fused}))   # or a user's own
     tiny.train_toy(voc_root, tmp_path, "train.on_nonfinite=skip", "train.log_every=6")
     step = Trainer.step
 
