@@ -86,6 +86,7 @@ def test_two_processes_follow_one(run, tmp_path):
     for count in (1, 2):
         settings = [f"data.root={root}", f"output={tmp_path}", *SETTINGS, "train.iterations=20"]
         settings += ["train.validate_every=100", "train.checkpoint_every=1", "train.picture_every=100"]
+        settings.append("train.keep_checkpoints=null")
         done = tiny.fork("scripts/train_voc.py", f"tag=on_{count}", *settings, count=count)
         assert done.returncode == 0, done.stderr
     one, two = terms(tmp_path / "on_1"), terms(tmp_path / "on_2")

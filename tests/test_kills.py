@@ -63,7 +63,7 @@ class Soak:
             self.wait(process, lambda: (self.run / "checkpoints" / at).exists())
             time.sleep(self.draw.uniform(0, 0.1))
         else:
-            time.sleep(self.draw.uniform(0, 1))
+            time.sleep(self.draw.uniform(0, 0.3))
         number = MOMENTS[moment]
         if not process.kill(number, self.draw):
             return
@@ -156,7 +156,7 @@ def assert_survives(root, folder, method, start, iterations, kills, seed) -> Soa
 
 @pytest.mark.parametrize("method", SETTINGS)
 def test_a_few_kills(voc_root, tmp_path, method):
-    soak = assert_survives(voc_root, tmp_path, method, Alone, iterations=15, kills=3, seed=0)
+    soak = assert_survives(voc_root, tmp_path, method, Alone, iterations=20, kills=3, seed=0)
     assert soak.kills == 3
 
 

@@ -72,11 +72,11 @@ class Trainer:
 
     def _not_finite(self, total: Tensor) -> Tensor:
         """1 where the loss or a gradient is not finite, else 0; the same on all processes."""
-        found, one = torch.zeros_like(total), torch.ones_like(total)
+        found, one = torch.zeros((), device=total.device), torch.ones((), device=total.device)
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         # what torch's GradScaler looks through gradients with, in one operator; it multiplies them by 1
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
-        return all_reduce_sum(found + ~total.isfinite()).clamp(max=1)
+        return all_reduce_sum(found + (~total.isfinite()).float()).clamp(max=1)
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
