@@ -240,14 +240,14 @@ def save_state(
 
 
 def drop_older(folder: Path, keep: int | None) -> None:
-    """Removes weights and states but for those of the newest `keep` iterations with a state; None keeps all."""
+    """Removes states with their weights but for the newest `keep`; None keeps all.
+
+    Weights without a state stay: earlier versions kept all weights of a run, and the newest state alone.
+    """
     iterations = sorted(_by_iteration(folder, STATE), reverse=True)
-    if keep is None or len(iterations) <= keep:
-        return
-    for kind in (STATE, WEIGHTS):   # in this order: a state without its weights is broken
-        for iteration, path in _by_iteration(folder, kind).items():
-            if iteration < iterations[keep - 1]:
-                path.unlink(missing_ok=True)
+    for iteration in [] if keep is None else iterations[keep:]:
+        for kind in (WEIGHTS, STATE):   # in this order: weights alone would stay after a kill between the two
+            (folder / kind.format(iteration)).unlink(missing_ok=True)
 
 
 def drop_newer(folder: Path, iteration: int) -> None:

@@ -101,13 +101,15 @@ def test_the_newest_state_is_taken(tmp_path):
     method = make()
     optimizer = torch.optim.AdamW(method.parameters())
     assert checkpoint.newest_state(tmp_path) is None
-    for iteration in (2, 10):
+    for iteration in (1, 2, 10):
         checkpoint.save_state(tmp_path, iteration, method, optimizer, meta={})
     assert checkpoint.newest_state(tmp_path)["iteration"] == 10
+    (tmp_path / "iter_000001.state.pt").unlink()   # as of a run of an earlier version, which kept all its weights
     checkpoint.drop_older(tmp_path, 2)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
     checkpoint.drop_older(tmp_path, 1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_000010.state.pt", "iter_000010.weights.safetensors"]
+    pair = ["iter_000010.state.pt", "iter_000010.weights.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_000001.weights.safetensors", *pair]
 
 
 def test_rates_of_a_resumed_run_are_those_it_is_given(tmp_path):
