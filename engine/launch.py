@@ -30,11 +30,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from engine.nodes import ONE, Company, Nodes, nodes_from_environment
+from engine.nodes import GRACE, ONE, Company, Nodes, nodes_from_environment
 from utils.errors import UserError, one_line
 from utils.files import ROOT
 from utils.offline import is_offline
-from utils.processes import IMPATIENT, Stopped, children, end_with, stops_given_to, stops_heeded
+from utils.processes import IMPATIENT, Stopped, children, end_with, ignore_stops, stops_given_to, stops_heeded
 
 ERROR_FILE = "WSSS_ERROR_FILE"  # names the file that takes the first mistake of all processes
 DEVICE = "WSSS_DEVICE"  # cpu or cuda
@@ -72,6 +72,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except Stopped as stopped:
         if launched:   # no failure, which a restart would mend: the launcher gives the exit code
             _beside_errors(ENDED).write_text(str(stopped.number), encoding="utf-8")
+            _sign_off()
         leave(0 if launched else 128 + stopped.number)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
@@ -112,6 +113,19 @@ def _sign_on() -> None:
     if (asked := _beside_errors(ASKED)).is_file():
         raise Stopped(int(asked.read_text(encoding="utf-8")))
     _beside_errors(ENDED).unlink(missing_ok=True)   # of a process that torchrun ended, to start it again
+
+
+def _sign_off() -> None:
+    """Waits for the launcher's other processes, as they got the signal too, and after GRACE seconds kills them: one
+    that waits in a GPU's library for a process that has left heeds no signal."""
+    ignore_stops()   # the launcher kills, where it gets a second one
+    _beside_errors(str(os.getpid())).unlink(missing_ok=True)
+    until = time.monotonic() + GRACE
+    while others := [pid for pid in children(os.getppid()) if _beside_errors(str(pid)).exists()]:
+        for pid in others if time.monotonic() > until else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def check_checkout(file: Path) -> None:

@@ -21,7 +21,7 @@ from utils.processes import IMPATIENT
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 if "IMPORTS" in os.environ:
     print("imports", flush=True)
     time.sleep(float(os.environ["IMPORTS"]))
@@ -60,7 +60,9 @@ def main(argv):
         with stops_put_off():
             print("busy", flush=True)
             time.sleep(60)
-    if argv == ["sleep"]:
+    if argv == ["rank 1 is deaf"] and rank == 1:   # as one that waits in NCCL
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if argv in (["sleep"], ["rank 1 is deaf"]):
         sys.stdout.write(f"pid {os.getpid()}\\n")  # in one piece
         time.sleep(60)
     names = ("WORLD_SIZE", "WSSS_DEVICE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
@@ -201,6 +203,16 @@ def test_a_second_signal_kills_what_does_not_end(house):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143 and "interrupted" in process.communicate()[1]
+
+
+def test_a_process_that_heeds_no_signal_is_killed_when_the_others_have_left(house):
+    nodes = house / "engine/nodes.py"
+    nodes.write_text(re.sub("^GRACE = .*", "GRACE = 1", nodes.read_text(), flags=re.MULTILINE))
+    process = launch_script(house, "rank 1 is deaf", count=2)
+    for _ in range(2):
+        process.stdout.readline()
+    process.terminate()
+    assert process.wait(timeout=20) == 143 and process.communicate()[1].startswith("\ninterrupted")
 
 
 def test_a_signal_while_the_processes_import(house):
