@@ -21,6 +21,9 @@ def build_optimizer(groups: list[dict], train: Train) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(groups, train.lr, momentum=train.momentum, **how)
     else:
         optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=1e-8, **how)
+    if train.optimizer == "sgd" and train.momentum:   # else a first step that is left out leaves them uninitialised
+        for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer

@@ -8,7 +8,9 @@ import torch
 
 from engine.checkpoints import files
 from engine.checkpoints.files import read_meta, read_tensors
+from engine.config import load_config
 from engine.training.nonfinite import NonFinite
+from engine.training.optimizer import build_optimizer
 from engine.training.step import Trainer
 from tests import tiny
 from tests.toy import method
@@ -117,6 +119,19 @@ def test_a_gpu_is_asked_one_step_later(voc_root, tmp_path, monkeypatch, fault, e
         settings = [f"train.checkpoint_every={every}", "train.log_every=9", "data.val_split=null"]
         tiny.train_toy(voc_root, tmp_path, *settings)
     assert after[-1] == ("nonfinite", seen_after) and after[:-1] == ([("checkpoints", 3)] if every == 2 else [])
+
+
+def test_the_first_step_of_sgd_can_be_left_out(monkeypatch):
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **how: empty_like(*a, **how).fill_(1e30))   # whatever was there
+    weight, plain = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    train = load_config(None, ["train.optimizer=sgd"]).train
+    ours, theirs = (build_optimizer([{"params": [one]}], train) for one in (weight, plain))
+    for optimizer, failed in ((ours, 1.0), (ours, 0.0), (theirs, 0.0)):
+        optimizer.found_inf = torch.tensor(failed)
+        weight.grad, plain.grad = torch.ones(3), torch.ones(3)
+        optimizer.step()
+    assert torch.equal(weight, plain)
 
 
 def test_there_is_a_limit(voc_root, tmp_path, monkeypatch):
