@@ -1,5 +1,6 @@
 """What a run tells: a readable log, and its numbers as JSON lines and in TensorBoard."""
 
+import contextlib
 import json
 import logging
 import math
@@ -21,11 +22,12 @@ _excepthook = threading.excepthook
 
 
 class _ConsoleHandler(logging.Handler):
-    """Lines on stdout that do not tear a progress bar."""
+    """Lines on stdout that do not tear a progress bar; whom a lost terminal or a dead `tee` ends is not the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
 
 
 class _LogFile(logging.FileHandler):

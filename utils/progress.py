@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
@@ -41,11 +42,13 @@ class _Lines:
     def write(self, text: str) -> None:
         self.text = text.strip() or self.text
         if self.text and (text == "\n" or time.monotonic() >= self.due):   # with a line's end alone a bar is closed
-            self.stream.write(f"{self.text}\n")
+            with suppress(OSError):   # its reader may have gone, as `tee` does at Ctrl-C
+                self.stream.write(f"{self.text}\n")
             self.text, self.due = "", time.monotonic() + PAUSE
 
     def flush(self) -> None:
-        self.stream.flush()
+        with suppress(OSError):
+            self.stream.flush()
 
 
 class _Bar(tqdm):

@@ -116,7 +116,7 @@ class Run:
             words = "%d process(es) in place of %d: the same batches, but sums differ by rounding%s"
             self.logger.warning(words, world, len(sums), more)
             names = sums[0].keys()
-            all_of_them = {name: sum(one[name] for one in sums) for name in names}
+            all_of_them = {name: sum(one[name] for one in sums) * world / len(sums) for name in names}
             sums = [all_of_them, *[dict.fromkeys(names, 0.0)] * (world - 1)]
         if sums and rest["steps"]:
             self.period.take_up(sums[rank], rest, device)

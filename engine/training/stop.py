@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from engine.distributed import Ranks
+from engine.distributed import WAIT, Ranks
 from utils.processes import stop_asked
 
 
@@ -11,7 +11,8 @@ class Stop:
     """Agrees with the other processes; each of them calls `asked` after every step."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None   # of CPUs: no GPU is waited for
+        # of CPUs: no GPU is waited for
+        self.group = dist.new_group(backend="gloo", timeout=WAIT) if ranks.world > 1 else None
         self.late, self.asking = ranks.device.type == "cuda", None
 
     def asked(self) -> int:

@@ -1,17 +1,23 @@
 """What disks, clocks and restarts do to a run: nothing is lost, and nothing is wrong without a word."""
 
 import itertools
+import os
 import random
 import shutil
 import subprocess
+import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from engine.checkpoints import files
 from engine.checkpoints.files import read_meta, read_tensors
+from engine.distributed import Ranks
+from engine.training.stop import Stop
 from tests import tiny
 from tests.toy import method
 from utils import files as utils_files
@@ -191,6 +197,29 @@ def test_a_clock_that_jumps_back(voc_root, finished, tmp_path, monkeypatch):
     assert len({str((one["iteration"], one["val"])) for one in best}) == 1
 
 
+def test_whoever_read_the_output_may_go(voc_root, finished, tmp_path, monkeypatch):
+    """As a terminal that is closed does, and `tee` at Ctrl-C: the run does not fall over it before it has stopped."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, open(writes, "w", closefd=False, buffering=1))
+    try:
+        tiny.train_toy(voc_root, tmp_path)
+    finally:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writes)   # what waits to be written
+    tiny.assert_same_weights(tiny.last_weights(tmp_path / "toy"), tiny.last_weights(finished))
+
+
+def test_processes_that_agree_on_a_stop_wait_as_long_as_for_anything_else(tmp_path):
+    """Sooner than train.timeout there would be another line than that of the process that is behind."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        group = Stop(Ranks(0, 2, torch.device("cpu"))).group
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(hours=2)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_log_line_spans_a_restart(voc_root, tmp_path):
     """Its means are of all its iterations, those before the stop too."""
     settings = ["train.log_every=6", "train.checkpoint_every=1", "data.val_split=null"]
@@ -202,7 +231,7 @@ def test_a_log_line_spans_a_restart(voc_root, tmp_path):
 
 
 def test_another_number_of_processes_is_said(voc_root, tmp_path):
-    """The sums of two processes become those of one."""
+    """The sums of two processes become those of one, whose means are over one."""
     settings = ["train.log_every=6", "train.checkpoint_every=4", "data.val_split=null"]
     with tiny.interrupted(method.Toy, 4):
         tiny.train_toy(voc_root, tmp_path, *settings)
@@ -217,5 +246,5 @@ def test_another_number_of_processes_is_said(voc_root, tmp_path):
     assert words in log
     tiny.train_toy(voc_root, tmp_path / "whole", *settings)
     ((ours,), (whole,)) = terms(tmp_path / "toy"), terms(tmp_path / "whole" / "toy")
-    expected = whole["train/image"] + 3 * sums["image"] / 6
+    expected = whole["train/image"] + sums["image"] / 6   # 3 and 1 times these in place of them: twice in the mean
     assert ours["train/image"] == pytest.approx(expected, rel=1e-5)
