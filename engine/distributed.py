@@ -16,7 +16,6 @@ from engine.launch import ERROR_FILE
 from engine.config import RunConfig
 from utils.errors import UserError
 
-
 WAIT = timedelta(hours=2)   # for other processes; `train.timeout` is sooner, and its line says which one is behind
 
 

@@ -34,7 +34,16 @@ from engine.nodes import GRACE, ONE, Company, Nodes, nodes_from_environment
 from utils.errors import UserError, one_line
 from utils.files import ROOT
 from utils.offline import is_offline
-from utils.processes import IMPATIENT, Stopped, children, end_with, ignore_stops, stops_given_to, stops_heeded
+from utils.processes import (
+    IMPATIENT,
+    Stopped,
+    children,
+    end_with,
+    ignore_stops,
+    perhaps_unread,
+    stops_given_to,
+    stops_heeded,
+)
 
 ERROR_FILE = "WSSS_ERROR_FILE"  # names the file that takes the first mistake of all processes
 DEVICE = "WSSS_DEVICE"  # cpu or cuda
@@ -153,7 +162,12 @@ def report(line: str) -> None:
             with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
                 file.write(line)
             return
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    _say(f"error: {line}")
+
+
+def _say(line: str) -> None:
+    with perhaps_unread(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> None:
@@ -163,8 +177,9 @@ def leave(code: int) -> None:
         sys.exit(code)
     for child in multiprocessing.active_children():
         child.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with perhaps_unread(stream):
+            stream.flush()
     os._exit(code)
 
 
@@ -273,16 +288,16 @@ def launch(script: Path, count: int, port: int, arguments: Sequence[str], nodes:
                 raise UserError(f"the {where} (NODES_TIMEOUT), or lost each other{go_on}") from error
         if failure and (line := _said(mistake)):
             if count > 1:  # the process with the progress bar was stopped, perhaps in the middle of its line
-                print(file=sys.stderr)
-            print(f"error: {line}", file=sys.stderr)
+                _say("")
+            _say(f"error: {line}")
             return HUNG_CODE if HUNG_MARK in line else USER_ERROR_CODE
         for said in (folder / ENDED, *([folder / ASKED] if failure else [])):
             if said.is_file():
-                print(f"\ninterrupted{go_on}", file=sys.stderr)
+                _say(f"\ninterrupted{go_on}")
                 return 128 + int(said.read_text(encoding="utf-8"))
         if failure and failure.exitcode == LOST_CODE:
             said = _said(folder / LOST)
-            print(f"error: another process has gone, its node says why{go_on} ({said})", file=sys.stderr)
+            _say(f"error: another process has gone, its node says why{go_on} ({said})")
         return _exit_code(failure.exitcode, failure.local_rank) if failure else 0
 
 
@@ -327,7 +342,7 @@ def _exit_code(code: int, rank: int) -> int:
     """The exit code for the shell; a signal leaves no traceback, so it is named."""
     if code >= 0:
         return code
-    print(f"process {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+    _say(f"process {rank} was killed by {signal.Signals(-code).name}")
     return 128 - code
 
 
@@ -355,7 +370,7 @@ def main(argv: Sequence[str]) -> int:
         os.environ.update(environment(ids, count))
         return launch(script, count, port, argv[4:], nodes)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return USER_ERROR_CODE
 
 

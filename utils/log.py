@@ -1,6 +1,5 @@
 """What a run tells: a readable log, and its numbers as JSON lines and in TensorBoard."""
 
-import contextlib
 import json
 import logging
 import math
@@ -16,16 +15,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils.files import naming, replacing
+from utils.processes import perhaps_unread
 
 NAME = "wsss"
 _excepthook = threading.excepthook
 
 
 class _ConsoleHandler(logging.Handler):
-    """Lines on stdout that do not tear a progress bar; whom a lost terminal or a dead `tee` ends is not the run."""
+    """Lines on stdout that do not tear a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):
+        with perhaps_unread(sys.stdout):
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 

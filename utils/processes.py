@@ -83,6 +83,16 @@ def stops_put_off(on: bool = True) -> Iterator[None]:
         _Asked.put_off = before
 
 
+@contextmanager
+def perhaps_unread(stream: TextIO) -> Iterator[None]:
+    """Within it a stream whose reader has gone (a closed terminal, `tee` after Ctrl-C) is no error, nor is it later."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def ignore_stops() -> None:
     """For a process that ends with its parent, and not before it: signals often go to whole groups of processes."""
     for number in STOPS:

@@ -3,10 +3,11 @@
 import sys
 import threading
 import time
-from contextlib import suppress
 from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
+
+from utils.processes import perhaps_unread
 
 PAUSE = 30   # seconds between two lines
 tqdm.set_lock(threading.RLock())   # its own is shared with forked processes: one that is killed would leave it taken
@@ -42,12 +43,12 @@ class _Lines:
     def write(self, text: str) -> None:
         self.text = text.strip() or self.text
         if self.text and (text == "\n" or time.monotonic() >= self.due):   # with a line's end alone a bar is closed
-            with suppress(OSError):   # its reader may have gone, as `tee` does at Ctrl-C
+            with perhaps_unread(self.stream):
                 self.stream.write(f"{self.text}\n")
             self.text, self.due = "", time.monotonic() + PAUSE
 
     def flush(self) -> None:
-        with suppress(OSError):
+        with perhaps_unread(self.stream):
             self.stream.flush()
 
 
