@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains on nodes of a SLURM cluster, from the project's folder, and queues itself again until the run is done:
-#     sbatch --nodes=2 --gpus-per-node=4 --time=8:00:00 run_train_slurm.sh scripts/train_voc.py train_voc data.root=VOC2012
+#     sbatch --nodes=2 --gpus-per-node=4 --cpus-per-task=32 --time=8:00:00 \
+#         run_train_slurm.sh scripts/train_voc.py train_voc data.root=VOC2012
 #SBATCH --job-name=wsss
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -21,6 +22,9 @@ if [ "$gpus" -gt 0 ]; then
 fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export NNODES=$SLURM_JOB_NUM_NODES MASTER_ADDR=${hosts[0]}
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then   # srun does not take it from sbatch
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
 port=$((20000 + SLURM_JOB_ID % 20000))
 code=0
 # shellcheck disable=SC2016 # of each task
