@@ -162,7 +162,8 @@ def test_a_slurm_job_queues_itself_again_where_its_time_was_over(house, code):  
         stubs / "scontrol": f'[ "$1" = show ] && printf "n%s\\n" 7 8 || echo "scontrol $*" >> {calls}',
         stubs / "srun": 'shift\nfor node in 0 1; do SLURM_NODEID=$node "$@" & pids="$pids $!"; done\n'
                         "for pid in $pids; do wait $pid || code=$?; done\nexit ${code:-0}",
-        house / "run_train.sh": f'echo "$NNODES $NODE_RANK $MASTER_ADDR $SRUN_CPUS_PER_TASK $*" >> {calls}\nexit {code}',
+        house / "run_train.sh":
+            f'echo "$NNODES $NODE_RANK $MASTER_ADDR $SRUN_CPUS_PER_TASK $*" >> {calls}\nexit {code}',
     }
     for path, text in scripts.items():
         path.write_text(f"#!/bin/bash\n{text}\n")
@@ -171,6 +172,7 @@ def test_a_slurm_job_queues_itself_again_where_its_time_was_over(house, code):  
            "SLURM_JOB_ID": "20005", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32",
            "PATH": f"{stubs}:{os.environ['PATH']}"}
     result = run(house, "run_train_slurm.sh", "scripts/train_voc.py", "my_tag", "data.root=a b", **job)
-    tasks = [f"2 {node} n7 32 scripts/train_voc.py 0,1,2,3 4 20005 my_tag data.root=a b resume=auto" for node in range(2)]
+    given = "scripts/train_voc.py 0,1,2,3 4 20005 my_tag data.root=a b resume=auto"
+    tasks = [f"2 {node} n7 32 {given}" for node in range(2)]
     assert result.returncode == code, result.stderr
     assert sorted(calls.read_text().splitlines()) == tasks + ["scontrol requeue 20005"] * (code == 138)
