@@ -167,5 +167,5 @@ def test_soak(voc_root, tmp_path, method, start):
     """KILLS (12) for each of the six; KILL_SEED draws other moments."""
     kills = int(os.environ.get("KILLS", 12))
     seed = os.environ.get("KILL_SEED", "0")
-    soak = assert_survives(voc_root, tmp_path, method, start, iterations=15 * kills, kills=kills, seed=seed)
+    soak = assert_survives(voc_root, tmp_path, method, start, iterations=8 * kills, kills=kills, seed=seed)
     assert soak.kills >= kills - 2   # a run may end before
