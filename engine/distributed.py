@@ -16,8 +16,6 @@ from engine.launch import ERROR_FILE
 from engine.config import RunConfig
 from utils.errors import UserError
 
-WAIT = timedelta(hours=2)   # for other processes; `train.timeout` is sooner, and its line says which one is behind
-
 
 class Ranks(NamedTuple):
     """rank of this process, number of processes, the device this one computes on."""
@@ -37,7 +35,7 @@ def setup(device: str | None = None) -> Ranks:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if world > 1 and not dist.is_initialized():
-        wait, store, started = WAIT, None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        wait, store, started = timedelta(hours=2), None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if started != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # the launcher's store still holds the addresses of processes that have ended: they would be waited for
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, wait)

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from engine.distributed import WAIT, Ranks
+from engine.distributed import Ranks
 from utils.processes import stop_asked
 
 
@@ -11,20 +11,23 @@ class Stop:
     """Agrees with the other processes; each of them calls `asked` after every step."""
 
     def __init__(self, ranks: Ranks) -> None:
-        # of CPUs: no GPU is waited for
-        self.group = dist.new_group(backend="gloo", timeout=WAIT) if ranks.world > 1 else None
-        self.late, self.asking = ranks.device.type == "cuda", None
+        self.ranks, self.late, self.asking = ranks, ranks.device.type == "cuda", None
 
     def asked(self) -> int:
         """The number of a signal that one of the processes got, 0 for none; the same on all of them.
 
-        GPUs are told one step later, so that no step waits for the slowest process's word.
+        GPUs are told one step later, so that none is waited for.
         """
-        number = torch.tensor(stop_asked())
-        if self.group is None:
+        if self.ranks.world == 1:
+            return stop_asked()
+        number = torch.full((), stop_asked(), dtype=torch.int32, device=self.ranks.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)   # by NCCL: gloo may not know a cluster's network
+        if not self.late:
             return int(number)
-        before = self.asking
-        self.asking = number, dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        number, word = before if self.late and before else self.asking
-        word.wait()
-        return int(number)
+        word, copied, before = torch.empty((), dtype=torch.int32, pin_memory=True), torch.cuda.Event(), self.asking
+        self.asking = word.copy_(number, non_blocking=True), copied
+        copied.record()
+        if before is None:
+            return 0
+        before[1].synchronize()
+        return int(before[0])

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from engine.training.stop import Stop
 from tests import tiny
 from tests.toy import method
 from utils import files as utils_files
+from utils import processes
 from utils.errors import UserError
 from utils.log import read_metrics
 
@@ -208,12 +209,21 @@ def test_whoever_read_the_output_may_go(voc_root, finished, tmp_path, monkeypatc
     tiny.assert_same_weights(tiny.last_weights(tmp_path / "toy"), tiny.last_weights(finished))
 
 
-def test_processes_that_agree_on_a_stop_wait_as_long_as_for_anything_else(tmp_path):
-    """Sooner than train.timeout there would be another line than that of the process that is behind."""
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stop_is_agreed_on_where_the_rest_is(tmp_path, monkeypatch, late):
+    """With no group of its own, whose time or network would be another; of GPUs one step later, to wait for none."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **how: empty(*a, **how))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Mock(spec=["record", "synchronize"]))
+    monkeypatch.setattr(dist, "new_group", None)
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        group = Stop(Ranks(0, 2, torch.device("cpu"))).group
-        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(hours=2)
+        stop, said = Stop(Ranks(0, 2, torch.device("cpu"))), []
+        stop.late = late
+        for number in (0, 15, 15):
+            monkeypatch.setattr(processes._Asked, "number", number)
+            said.append(stop.asked())
+        assert said == ([0, 0, 15] if late else [0, 15, 15])
     finally:
         dist.destroy_process_group()
 
