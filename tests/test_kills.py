@@ -146,7 +146,7 @@ def assert_survives(root, folder, method, start, iterations, kills, seed) -> Soa
         [{name: value for name, value in line.items() if not any(word in name for word in own)} for line in one.lines()]
         for one in (soak, whole)
     )
-    assert ours == theirs and len(ours) == iterations + iterations // VALIDATE
+    assert ours == theirs and len(ours) == iterations + -(-iterations // VALIDATE)   # and a validation at the end
     tiny.assert_same_weights(*(tiny.last_weights(one.run, iterations) for one in (soak, whole)))
     starts = len((soak.run / "provenance.jsonl").read_text().splitlines())
     print(f"{method}, {start.__name__}: {soak.kills} kills, {starts} starts, {soak.lost} iterations lost,"
