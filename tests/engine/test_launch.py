@@ -149,6 +149,7 @@ def test_a_mistake_is_one_line(house, what, count):
 
 
 def launch_script(house, what, count=1, **environment):
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # also where the tests run in the background of a shell
     command = [sys.executable, str(house / "engine/launch.py"), "scripts/train_voc.py", "cpu", str(count), "auto", what]
     return subprocess.Popen(
         command, cwd=house, env=_environment(house, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
