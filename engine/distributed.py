@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -129,6 +129,22 @@ def gather(value: Any) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def read_later(value: Tensor, late: bool) -> Callable[[], float]:
+    """Gives the number of a tensor of one element. late: it is copied from a GPU behind the work that is queued by now,
+    and only a call waits for that."""
+    if not late:
+        return value.item
+    copy, copied = torch.empty((), dtype=value.dtype, pin_memory=True), torch.cuda.Event()
+    copy.copy_(value, non_blocking=True)
+    copied.record()
+
+    def read() -> float:
+        copied.synchronize()
+        return copy.item()
+
+    return read
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def save_provenance(config: RunConfig, folder: str | os.PathLike, iteration: int
     start = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "iteration": iteration,
-        "settings_changed": changed.removeprefix("; changed: "),
+        "settings_changed": changed,
         "settings": portable(config),
         "command": [sys.executable, *sys.argv],
         **_git_commit(),

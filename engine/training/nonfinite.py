@@ -6,11 +6,10 @@ import math
 from collections import deque
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from engine.checkpoints import files
-from engine.distributed import gather
+from engine.distributed import gather, read_later
 from engine.training.step import Trainer
 from utils.batch import Batch
 from utils.errors import UserError, name_some
@@ -32,21 +31,15 @@ class NonFinite:
 
     def see(self, batch: Batch, terms: dict[str, Tensor]) -> None:
         """To be called after every step, on all processes, with what went in and came out."""
-        failed, copied = self.trainer.failed, None
-        if self.late:
-            failed = torch.empty((), pin_memory=True).copy_(failed, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        self.waiting.append((self.trainer.iteration, batch.names, terms, failed, copied))
+        failed = read_later(self.trainer.failed, self.late)
+        self.waiting.append((self.trainer.iteration, batch.names, terms, failed))
         self.judge(leave=1 if self.late else 0)
 
     def judge(self, leave: int = 0) -> None:
         """Looks at the steps seen so far, but for the last `leave`. Raises UserError as `train.on_nonfinite` has it."""
         while len(self.waiting) > leave:
-            iteration, names, terms, failed, copied = self.waiting.popleft()
-            if copied is not None:
-                copied.synchronize()
-            if failed.item():
+            iteration, names, terms, failed = self.waiting.popleft()
+            if failed():
                 self._report(iteration, names, {name: value.item() for name, value in terms.items()})
 
     def _report(self, iteration: int, names: list[str], terms: dict[str, float]) -> None:

@@ -75,8 +75,7 @@ class Run:
         else:
             weights = self.checkpoints / files.WEIGHTS.format(state["iteration"])
             files.check_classes(weights, self.classes)
-            changed = check_same_run(weights, self.config, self.images, masks)
-            self.changed = changed and f"; changed: {changed}"
+            self.changed = check_same_run(weights, self.config, self.images, masks)
             files.load_weights(weights, method)
             if self.main:
                 files.drop_newer(self.checkpoints, state["iteration"])
@@ -140,7 +139,8 @@ class Run:
         elif world > 1 and norms:
             self.logger.info("batch norm: statistics over all processes")
         if self.trainer.iteration:
-            self.logger.info("resumed after iteration %d%s", self.trainer.iteration, self.changed)
+            changed = self.changed and f"; changed: {self.changed}"
+            self.logger.info("resumed after iteration %d%s", self.trainer.iteration, changed)
 
     def lacks_validation(self) -> bool:
         """Whether the run goes on from an iteration that was to be validated, and ended before that was done."""

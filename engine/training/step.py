@@ -30,12 +30,13 @@ class Trainer:
         self.optimizer = build_optimizer(method.param_groups(config.train), config.train)
         self.iteration, self.failed = 0, torch.zeros((), device=ranks.device)
         self.parallel: nn.Module = method
+        changing = method.state_dict().keys() - dict(method.named_parameters()).keys()   # such as batch statistics
+        self.statistics = [buffer for name, buffer in method.named_buffers() if name in changing]
         if config.train.compile:
             method.compile()
         if ranks.world > 1:
             method.ratio = global_ratio
             devices = [ranks.device] if ranks.device.type == "cuda" else None
-            changing = method.state_dict().keys() - dict(method.named_parameters()).keys()   # such as batch statistics
             self.parallel = DistributedDataParallel(
                 method, device_ids=devices, broadcast_buffers=bool(changing), gradient_as_bucket_view=True
             )
@@ -49,7 +50,7 @@ class Trainer:
         torch.manual_seed(((self.config.seed * 1_000_003 + self.iteration) * 1_009 + self.ranks.rank) % 2**63)
         set_lr(self.optimizer, self.iteration, self.config.train, self.length)
         self.optimizer.zero_grad(set_to_none=True)   # before the forward, which then has their memory
-        with self._buffers_kept():
+        with self._statistics_kept():
             with autocast(self.ranks.device, self.config.train.precision):
                 terms = self.parallel(batch, self.iteration)
             weights = self.method.loss_weights(self.iteration)
@@ -79,14 +80,12 @@ class Trainer:
         return all_reduce_sum(found + (~total.isfinite()).float()).clamp(max=1)
 
     @contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
+    def _statistics_kept(self) -> Iterator[None]:
         """Where steps that are not finite are skipped, they change no batch statistics either."""
         if self.config.train.on_nonfinite == "stop":
             yield
             return
-        names = self.method.state_dict().keys() - dict(self.method.named_parameters()).keys()
-        buffers = [buffer for name, buffer in self.method.named_buffers() if name in names]
-        before = [buffer.clone() for buffer in buffers]
+        before = [buffer.clone() for buffer in self.statistics]
         yield
-        for buffer, old in zip(buffers, before, strict=True):
+        for buffer, old in zip(self.statistics, before, strict=True):
             buffer.copy_(torch.where(self.failed > 0, old, buffer))

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from engine.distributed import Ranks
+from engine.distributed import Ranks, read_later
 from utils.processes import stop_asked
 
 
@@ -24,10 +24,5 @@ class Stop:
         dist.all_reduce(number, dist.ReduceOp.MAX)   # by NCCL: gloo may not know a cluster's network
         if not self.late:
             return int(number)
-        word, copied, before = torch.empty((), dtype=torch.int32, pin_memory=True), torch.cuda.Event(), self.asking
-        self.asking = word.copy_(number, non_blocking=True), copied
-        copied.record()
-        if before is None:
-            return 0
-        before[1].synchronize()
-        return int(before[0])
+        before, self.asking = self.asking, read_later(number, self.late)
+        return before() if before else 0
