@@ -2,7 +2,6 @@
 
 import io
 import math
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from datasets.onehot import Reader, read_dictionary
 from utils.errors import UserError
+from utils.tensors import load_tensors
 
 
 def irn_ids(path: Path, bkg: float, num_ids: int, size: tuple[int, int]) -> np.ndarray:
@@ -53,9 +53,7 @@ class _IrnReader(Reader):
         super().__init__(stream)
 
         def load(data: bytes) -> object:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")   # of odd files, which are refused all the same
-                return torch.load(io.BytesIO(data), "cpu", weights_only=True)
+            return load_tensors(io.BytesIO(data))
 
         def rebuild(storage: object, offset: int, shape: tuple, strides: tuple, *_: object) -> Tensor:
             flat = torch._utils._rebuild_tensor(storage, 0, (storage._size(),), (1,))

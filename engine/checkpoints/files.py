@@ -7,12 +7,10 @@ import logging
 import math
 import os
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -26,6 +24,7 @@ from model.method import Released
 from utils.errors import UserError
 from utils.files import hash_of, replacing
 from utils.log import NAME
+from utils.tensors import load_tensors
 
 STATE = "iter_{:06d}.state.pt"
 WEIGHTS = "iter_{:06d}.weights.safetensors"
@@ -172,7 +171,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such weights file")
     with _naming_what_it_is(path), open(path, "rb") as file:   # by its name torch would take it for another format
-        weights = _load_whole(path) if _is_safetensors(path) else _torch_load(file)
+        weights = _load_whole(path) if _is_safetensors(path) else load_tensors(file)
     if not isinstance(weights, dict):
         raise UserError(f"{path}: holds a {type(weights).__name__}, no weights by name")
     if {"iteration", "optimizer"} <= weights.keys() <= {"iteration", "optimizer", "kind", "weights", "rest"}:
@@ -187,13 +186,6 @@ def _load_whole(path: str | os.PathLike) -> dict[str, Tensor]:
     if written and written != _digest(tensors):
         raise ValueError("its checksum differs")
     return tensors
-
-
-def _torch_load(file: BinaryIO | Path) -> Any:
-    """Runs no code of the file. May raise anything."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")   # of odd files, which are refused all the same
-        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _is_safetensors(path: str | os.PathLike) -> bool:
@@ -296,7 +288,7 @@ def _read_state(path: Path, iteration: int) -> dict:
         with zipfile.ZipFile(path) as archive:   # torch does not ask for its checksums
             if archive.testzip() is not None:
                 raise ValueError("damaged after it was written, its checksums say")
-        state = _torch_load(path)
+        state = load_tensors(path)
     except Exception as error:   # whatever a file that was cut, or is another, makes of it
         raise UserError(f"{path}: not a readable state ({str(error).partition('.')[0] or 'empty'})") from None
     if not isinstance(state, dict) or state.get("iteration") != iteration or "optimizer" not in state:
